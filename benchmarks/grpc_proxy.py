@@ -1,0 +1,285 @@
+"""Our client on our server beside Optuna's on Optuna's: calls, time and CPU per trial, opening,
+polls with many trials known, many processes.
+
+Both servers stand on stores of the same kind: ``--store`` is journal, sqlite, or the URL of an
+empty database, in which each gets a study of its own. Optuna's proxy does not work on a journal,
+and is measured on SQLite then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import gc
+import logging
+import multiprocessing
+from pathlib import Path
+import socket
+import statistics
+import sys
+import time
+from typing import Any
+import warnings
+
+import grpc
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from benchmarks import harness
+from benchmarks.harness import OURS, Cost, Report, Row
+import trialstore
+from trialstore.grpc import GrpcStorageProxy, run_grpc_proxy_server
+from trialstore.testing.faults import CountingProxy
+
+_NAMES = (OURS, "optuna")
+_DELAY_S = 0.005
+
+
+def main() -> int:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--store", default="sqlite", help="journal, sqlite, or a database's URL")
+    parser.add_argument("--trials", type=int, default=50, help="in one sample")
+    parser.add_argument("--known", type=int, default=1_000, help="trials in the study to open")
+    parser.add_argument("--processes", type=int, action="append", help="default: 4, then 16")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a crowd's sample")
+    parser.add_argument(
+        "--polls", type=int, nargs=2, default=(1_000, 100_000), help="trials known to polls"
+    )
+    arguments = parser.parse_args()
+    # Before there is a channel: gRPC's threads and a fork do not go together.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with Report(f"grpc proxy on {arguments.store.partition('://')[0]}", arguments) as report:
+        with contextlib.ExitStack() as stack:
+            ports = {
+                name: stack.enter_context(server(name, arguments.store, report.new_folder()))
+                for name in _NAMES
+            }
+            for n_processes in arguments.processes or (4, 16):
+                compare_crowds(report, ports, n_processes, arguments.seconds)
+            compare_trials(report, ports, arguments.trials, arguments.rounds)
+            compare_opening(report, ports, arguments.known, arguments.rounds)
+        if arguments.polls[0]:
+            compare_polls(report, *arguments.polls)
+    return 0
+
+
+# --- servers -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def server(name: str, store: str, folder: Path, n_trials: int = 0) -> Iterator[int]:
+    """A server in a process of its own; yields its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(name, store, folder, port, n_trials), daemon=True
+    )
+    process.start()
+    try:
+        while True:
+            try:
+                socket.create_connection(("localhost", port), timeout=5).close()
+                break
+            except OSError:
+                if not process.is_alive():
+                    sys.exit(f"The server of {name} ended.")
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.join()
+
+
+def serve(name: str, store: str, folder: Path, port: int, n_trials: int) -> None:
+    """What the server's process does."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("trialstore").setLevel(logging.ERROR)
+    if name != OURS and store == "journal":
+        store = "sqlite"
+    storage: Any = harness.open_storage(name, store, folder)
+    if n_trials:
+        harness.fill_in_bulk(storage, n_trials)
+    if name == OURS:
+        run_grpc_proxy_server(storage, port=port)
+    else:
+        optuna.storages.run_grpc_proxy_server(storage, port=port)
+
+
+def connect(name: str, port: int) -> BaseStorage:
+    if name == OURS:
+        return GrpcStorageProxy(port=port)
+    return optuna.storages.GrpcStorageProxy(port=port)
+
+
+# --- a trial -------------------------------------------------------------------------------------
+
+
+class _CallCounter(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.n_calls = 0
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        self.n_calls += 1
+        return continuation(details, request)
+
+
+def compare_trials(report: Report, ports: dict[str, int], n_trials: int, rounds: int) -> None:
+    samplers = {
+        "a trial": lambda: optuna.samplers.RandomSampler(seed=1),
+        "a trial of TPE": lambda: optuna.samplers.TPESampler(seed=1, n_startup_trials=2),
+    }
+    for what, sampler in samplers.items():
+        calls = {}
+        for name in _NAMES:
+            counter = _CallCounter()
+            study = warm_study(name, ports[name], sampler())
+            with counted(study._storage, name, counter):
+                study.optimize(harness.objective, n_trials=20)
+            calls[name] = counter.n_calls / 20
+        report.add(Row(what, "calls", calls))
+    studies = {name: warm_study(name, ports[name]) for name in _NAMES}
+    costs: dict[str, list[Cost]] = harness.in_turn(
+        _NAMES, rounds, lambda name: harness.optimize(studies[name], n_trials)
+    )
+    report.add(Row("a trial", "ms", harness.medians(costs, lambda cost: cost.wall_ms)))
+    report.add(Row("a trial", "client CPU ms", harness.medians(costs, lambda cost: cost.cpu_ms)))
+    delayed = {}
+    for name in _NAMES:
+        with CountingProxy("localhost", ports[name]) as proxy:
+            study = warm_study(name, proxy.port)
+            proxy.delay_s = _DELAY_S
+            delayed[name] = harness.optimize(study, 5).wall_ms
+    report.add(Row("a trial, 5 ms each way", "ms", delayed))
+
+
+@contextlib.contextmanager
+def counted(storage: Any, name: str, counter: _CallCounter) -> Iterator[None]:
+    """Count the calls of a client, which each of the two makes in its own way."""
+    if name == OURS:
+        log = storage._exchanger.log
+        call = log._unary
+
+        def unary(*arguments: Any) -> Any:
+            counter.n_calls += 1
+            return call(*arguments)
+
+        log._unary = log._stream = unary
+        yield
+        del log._unary, log._stream
+        return
+    from optuna.storages._grpc.auto_generated import api_pb2_grpc
+
+    stub = storage._stub
+    channel = grpc.intercept_channel(storage._channel, counter)
+    storage._stub = storage._cache.grpc_client = api_pb2_grpc.StorageServiceStub(channel)
+    yield
+    storage._stub = storage._cache.grpc_client = stub
+
+
+def warm_study(
+    name: str, port: int, sampler: optuna.samplers.BaseSampler | None = None
+) -> optuna.Study:
+    study = harness.new_study(connect(name, port))
+    study.sampler = sampler or study.sampler
+    study.optimize(harness.objective, n_trials=3)
+    return study
+
+
+# --- opening and polling -------------------------------------------------------------------------
+
+
+def compare_opening(report: Report, ports: dict[str, int], n_trials: int, rounds: int) -> None:
+    names = {}
+    for name in _NAMES:
+        storage = connect(name, ports[name])
+        study = harness.new_study(storage)
+        harness.fill(storage, study._study_id, n_trials)
+        names[name] = study.study_name
+
+    def open_ms(name: str) -> float:
+        gc.collect()
+        began_s = time.perf_counter()
+        storage = connect(name, ports[name])
+        study_id = storage.get_study_id_from_name(names[name])
+        assert len(storage.get_all_trials(study_id, deepcopy=False)) == n_trials
+        return (time.perf_counter() - began_s) * 1e3
+
+    samples = harness.in_turn(_NAMES, rounds, open_ms)
+    report.add(Row(f"opening {n_trials:,} trials", "ms", harness.medians(samples, float)))
+
+
+def compare_polls(report: Report, few: int, many: int) -> None:
+    """A look for WAITING trials and one for all, by how many trials are known."""
+    for store in ("journal", "sqlite"):
+        took_us = {}
+        for n_trials in (few, many):
+            with server(OURS, store, report.new_folder(), n_trials) as port:
+                storage = GrpcStorageProxy(port=port)
+                study_id = storage.get_all_studies()[0]._study_id
+                assert storage.get_n_trials(study_id) == n_trials
+                took_us[n_trials] = statistics.median(
+                    poll_us(storage, study_id) for _ in range(300)
+                )
+        for n_trials, took in took_us.items():
+            report.add(Row(f"a poll, {store}, {n_trials:,} known", "us", {OURS: took}))
+
+
+def poll_us(storage: trialstore.storage.Storage, study_id: int) -> float:
+    began_s = time.perf_counter()
+    storage.get_n_trials(study_id)
+    storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,))
+    return (time.perf_counter() - began_s) / 2 * 1e6
+
+
+# --- many processes ------------------------------------------------------------------------------
+
+
+def compare_crowds(
+    report: Report, ports: dict[str, int], n_processes: int, seconds: float
+) -> None:
+    speeds, fairness = {}, {}
+    for name in _NAMES:
+        study_name = harness.in_child(create_study, name, ports[name])
+        start = harness.context().Barrier(n_processes)
+        counts = harness.context().Queue()
+        workers = [
+            harness.context().Process(
+                target=work, args=(name, ports[name], study_name, start, counts, seconds)
+            )
+            for _ in range(n_processes)
+        ]
+        for worker in workers:
+            worker.start()
+        done = [counts.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+        speeds[name] = sum(count / elapsed_s for count, elapsed_s in done)
+        fairness[name] = min(done)[0] / max(1, max(done)[0])
+    label = f"{n_processes} processes"
+    report.add(Row(label, "trials/s", speeds, more_is_better=True))
+    report.add(Row(label, "slowest/fastest", fairness, more_is_better=True))
+
+
+def create_study(name: str, port: int) -> str:
+    return str(harness.new_study(connect(name, port)).study_name)
+
+
+def work(name: str, port: int, study_name: str, start: Any, counts: Any, seconds: float) -> None:
+    study = optuna.load_study(
+        study_name=study_name,
+        storage=connect(name, port),
+        sampler=optuna.samplers.RandomSampler(),
+    )
+    start.wait()
+    began_s = time.perf_counter()
+    count = 0
+    while time.perf_counter() - began_s < seconds:
+        study.optimize(harness.objective, n_trials=1)
+        count += 1
+    counts.put((count, time.perf_counter() - began_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The Redis journal beside Optuna's: round trips, time and CPU per trial, opening, many processes.
+
+Starts a private redis-server (append-only file, synced before each answer) unless ``--url`` names
+one; its database should be empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import gc
+import itertools
+from pathlib import Path
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import optuna
+from optuna.storages import BaseStorage
+
+from benchmarks import harness
+from benchmarks.harness import OURS, Cost, Report, Row
+import trialstore
+from trialstore import snapshot
+from trialstore.log import NOTHING
+from trialstore.logs.redis import RedisLog
+from trialstore.testing.faults import CountingProxy
+
+_NAMES = (OURS, "optuna")
+_DELAY_S = 0.005
+_prefixes = (f"bench{number}" for number in itertools.count())
+
+
+def main() -> int:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--url", help="redis://host:port")
+    parser.add_argument("--trials", type=int, default=100, help="in one sample")
+    parser.add_argument("--known", type=int, default=1_000, help="trials in the journal to open")
+    parser.add_argument("--processes", type=int, action="append", help="default: 4, then 16")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a crowd's sample")
+    arguments = parser.parse_args()
+    with Report("redis journal", arguments) as report, contextlib.ExitStack() as stack:
+        url = arguments.url or stack.enter_context(private_server(report.new_folder()))
+        compare_trials(report, url, arguments.trials, arguments.rounds)
+        compare_opening(report, url, arguments.known, arguments.rounds)
+        for n_processes in arguments.processes or (4, 16):
+            compare_crowds(report, url, n_processes, arguments.seconds)
+    return 0
+
+
+@contextlib.contextmanager
+def private_server(folder: Path) -> Iterator[str]:
+    binary = shutil.which("redis-server")
+    if binary is None:
+        sys.exit("redis-server is not installed; name a server with --url.")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
+         "--appendonly", "yes", "--appendfsync", "always", "--logfile", "log"],
+    )  # fmt: skip
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                break
+            except OSError:
+                if server.poll() is not None:
+                    sys.exit((folder / "log").read_text())
+                time.sleep(0.02)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def open_storage(name: str, url: str, prefix: str) -> BaseStorage:
+    if name == OURS:
+        return trialstore.JournalStorage(RedisLog(url, prefix=prefix))
+    backend = optuna.storages.journal.JournalRedisBackend(url, prefix=prefix)
+    return optuna.storages.JournalStorage(backend)
+
+
+# --- a trial -------------------------------------------------------------------------------------
+
+
+def compare_trials(report: Report, url: str, n_trials: int, rounds: int) -> None:
+    parts = urlsplit(url)
+    with CountingProxy(parts.hostname or "localhost", parts.port or 6379) as proxy:
+        proxied = f"redis://127.0.0.1:{proxy.port}"
+
+        def trips(name: str) -> float:
+            study = warm_study(name, proxied)
+            proxy.reset()
+            study.optimize(harness.objective, n_trials=20)
+            return proxy.n_round_trips / 20
+
+        def delayed_ms(name: str) -> float:
+            study = warm_study(name, proxied)
+            proxy.delay_s = _DELAY_S
+            try:
+                return harness.optimize(study, 5).wall_ms
+            finally:
+                proxy.delay_s = 0.0
+
+        add(report, "a trial", "round trips", harness.in_turn(_NAMES, 1, trips))
+        add(report, "a trial, 5 ms each way", "ms", harness.in_turn(_NAMES, 1, delayed_ms))
+    studies = {name: warm_study(name, url) for name in _NAMES}
+    costs: dict[str, list[Cost]] = harness.in_turn(
+        _NAMES, rounds, lambda name: harness.optimize(studies[name], n_trials)
+    )
+    wall_ms = harness.medians(costs, lambda cost: cost.wall_ms)
+    cpu_ms = harness.medians(costs, lambda cost: cost.cpu_ms)
+    report.add(Row("a trial", "ms", wall_ms))
+    report.add(Row("a trial", "client CPU ms", cpu_ms))
+
+
+def warm_study(name: str, url: str) -> optuna.Study:
+    study = harness.new_study(open_storage(name, url, next(_prefixes)))
+    study.optimize(harness.objective, n_trials=2)
+    return study
+
+
+def add(report: Report, what: str, unit: str, samples: dict[str, list[float]]) -> None:
+    report.add(Row(what, unit, harness.medians(samples, float)))
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def compare_opening(report: Report, url: str, n_trials: int, rounds: int) -> None:
+    prefix = next(_prefixes)
+    ours = trialstore.JournalStorage(RedisLog(url, prefix=prefix))
+    study_name = harness.fill_in_bulk(ours, n_trials, n_steps=10, n_attrs=2)
+
+    def open_us(name: str) -> float:
+        gc.collect()
+        began_s = time.process_time()
+        read(open_storage(name, url, prefix), study_name, n_trials)
+        return (time.process_time() - began_s) / n_trials * 1e6
+
+    parts = urlsplit(url)
+    with CountingProxy(parts.hostname or "localhost", parts.port or 6379) as proxy:
+        log = RedisLog(f"redis://127.0.0.1:{proxy.port}", prefix=prefix)
+        n_records = len(log.exchange([], None, NOTHING).news)
+        trips = {OURS: float(proxy.n_round_trips), "optuna": float(n_records)}
+    report.add(Row(f"opening {n_records:,} records", "round trips", trips))
+    replayed = harness.in_turn(_NAMES, rounds, in_child(open_us))
+    add(report, "opening, replayed", "CPU us per trial", replayed)
+    save(url, prefix, n_records, study_name, n_trials)
+    restored = harness.in_turn(_NAMES, rounds, in_child(open_us))
+    add(report, "opening from its own snapshot", "CPU us per trial", restored)
+
+
+def in_child(sample: Callable[[str], float]) -> Callable[[str], float]:
+    return functools.partial(harness.in_child, sample)
+
+
+def read(storage: BaseStorage, study_name: str, n_trials: int) -> None:
+    study_id = storage.get_study_id_from_name(study_name)
+    assert len(storage.get_all_trials(study_id, deepcopy=False)) == n_trials
+
+
+def save(url: str, prefix: str, n_records: int, study_name: str, n_trials: int) -> None:
+    """Both snapshots: ours, and the pickle that Optuna keeps under a key of its own."""
+    log = RedisLog(url, prefix=prefix)
+    restored = snapshot.restore(log, None)
+    batch = log.exchange([], restored.cursor, NOTHING)
+    snapshot.apply_all(restored.replica, batch.news)
+    log.save_snapshot(
+        lambda: (snapshot.dump(restored.replica, batch.cursor, n_records), batch.cursor)
+    )
+    theirs: Any = open_storage("optuna", url, prefix)
+    read(theirs, study_name, n_trials)
+    import pickle
+
+    theirs._backend.save_snapshot(pickle.dumps(theirs._replay_result))
+
+
+# --- many processes ------------------------------------------------------------------------------
+
+
+def compare_crowds(report: Report, url: str, n_processes: int, seconds: float) -> None:
+    speeds: dict[str, float] = {}
+    fairness: dict[str, float] = {}
+    for name in _NAMES:
+        prefix = next(_prefixes)
+        study_name = harness.in_child(create_study, name, url, prefix)
+        context = harness.context()
+        start, counts = context.Barrier(n_processes), context.Queue()
+        workers = [
+            context.Process(
+                target=work, args=(name, url, prefix, study_name, start, counts, seconds)
+            )
+            for _ in range(n_processes)
+        ]
+        for worker in workers:
+            worker.start()
+        done = [counts.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+        speeds[name] = sum(count / elapsed_s for count, elapsed_s in done)
+        fairness[name] = min(done)[0] / max(done)[0]
+    label = f"{n_processes} processes"
+    report.add(Row(label, "trials/s", speeds, more_is_better=True))
+    report.add(Row(label, "slowest/fastest", fairness, more_is_better=True))
+
+
+def create_study(name: str, url: str, prefix: str) -> str:
+    return harness.new_study(open_storage(name, url, prefix)).study_name
+
+
+def work(
+    name: str, url: str, prefix: str, study_name: str, start: Any, counts: Any, seconds: float
+) -> None:
+    study = optuna.load_study(
+        study_name=study_name,
+        storage=open_storage(name, url, prefix),
+        sampler=optuna.samplers.RandomSampler(),
+    )
+    start.wait()
+    began_s = time.perf_counter()
+    count = 0
+    while time.perf_counter() - began_s < seconds:
+        study.optimize(harness.objective, n_trials=1)
+        count += 1
+    counts.put((count, time.perf_counter() - began_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Storages for Optuna: one in-memory replica, fed by interchangeable logs.
+
+The nouns: a **Storage** answers Optuna; it feeds a **Replica**, the contents in memory, from a
+**Log**, which keeps **Records** in order and knows positions in them, **Cursors**. Where a log
+can, it also keeps a **Snapshot** and **Leases**.
+
+The public names are those of ``optuna.storages``; each is imported when it is first used, so
+that a driver is needed only by who uses it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from optuna.storages import BaseStorage
+
+if TYPE_CHECKING:
+    from trialstore import journal as journal
+    from trialstore.deprecated import (
+        BaseJournalLogStorage,
+        JournalFileOpenLock,
+        JournalFileStorage,
+        JournalFileSymlinkLock,
+        JournalRedisStorage,
+    )
+    from trialstore.grpc import GrpcStorageProxy, run_grpc_proxy_server
+    from trialstore.in_memory import InMemoryStorage
+    from trialstore.journal import JournalStorage
+    from trialstore.rdb import RDBStorage
+    from trialstore.urls import get_storage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BaseJournalLogStorage": "deprecated",
+    "GrpcStorageProxy": "grpc",
+    "InMemoryStorage": "in_memory",
+    "JournalFileOpenLock": "deprecated",
+    "JournalFileStorage": "deprecated",
+    "JournalFileSymlinkLock": "deprecated",
+    "JournalRedisStorage": "deprecated",
+    "JournalStorage": "journal",
+    "RDBStorage": "rdb",
+    "get_storage": "urls",
+    "run_grpc_proxy_server": "grpc",
+}
+
+__all__ = [
+    "BaseJournalLogStorage",
+    "BaseStorage",
+    "GrpcStorageProxy",
+    "InMemoryStorage",
+    "JournalFileOpenLock",
+    "JournalFileStorage",
+    "JournalFileSymlinkLock",
+    "JournalRedisStorage",
+    "JournalStorage",
+    "RDBStorage",
+    "get_storage",
+    "journal",
+    "run_grpc_proxy_server",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "journal":
+        return import_module("trialstore.journal")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'trialstore' has no attribute {name!r}")
+    return getattr(import_module(f"trialstore.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,452 @@
+"""One exchange at a time: the outbox, what waiting threads want, and the news into the replica.
+
+While an exchange is on the wire, other threads' records and wishes gather; the next leader takes
+them all (group commit), and a read joins an exchange that begins after the read did. Records put
+off in the *outbox* ride along with the next exchange, or with one that the linger thread starts.
+
+What a crash leaves behind, line by line of :meth:`Exchanger._lead`: before ``log.exchange``
+nothing of this exchange exists; inside it the log answers for all or nothing; after it every
+record is in the log and only this process's memory is behind, which dies with the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Sequence
+import itertools
+import logging
+import math
+from multiprocessing import util as multiprocessing_util
+import os
+import threading
+from typing import Any, Final, cast
+import uuid
+import weakref
+
+from optuna.exceptions import UpdateFinishedTrialError
+
+from trialstore.clock import Clock
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.log import NOTHING, START, Cursor, Log, SnapshotStore, Wanted
+from trialstore.records import (
+    ACCEPTED,
+    AnyOperation,
+    Operation,
+    Outcome,
+    Record,
+    TrialWrite,
+    Verdict,
+)
+from trialstore.replica import Replica
+from trialstore.snapshot import Saver, apply_all, catch_up, restore
+
+_logger = logging.getLogger("trialstore")
+
+_RETRY_PAUSE_MAX_S = 1.0
+_OUTBOX_MAX = 4096
+
+
+class _Call:
+    """What one thread asks of the next exchange."""
+
+    __slots__ = ("done", "error", "outcomes", "records", "wanted")
+
+    def __init__(self, records: Sequence[AnyOperation], wanted: Wanted) -> None:
+        self.records = records
+        self.wanted = wanted
+        self.outcomes: list[Outcome] = []
+        self.error: BaseException | None = None
+        self.done = False
+
+
+_NO_CALLS: Final[Sequence[_Call]] = ()
+
+
+class Exchanger:
+    """Feeds one replica from one log, for any number of threads.
+
+    Args:
+        log: Where records are kept.
+        linger_s: For how long a deferred record may wait for an exchange to ride along with;
+            infinity where nobody else reads the log.
+        clock: Time, for tests to replace.
+    """
+
+    def __init__(self, log: Log, *, linger_s: float, clock: Clock) -> None:
+        self.log = log
+        self.replica = Replica()
+        self._linger_s = linger_s
+        self._clock = clock
+        self._cursor: Cursor = START
+        self._saver: Saver | None = None
+        self._renew()
+        _alive.add(self)
+
+    def _renew(self) -> None:
+        """State that belongs to this process alone."""
+        self.mutex = threading.RLock()
+        self._exchanged = threading.Condition(self.mutex)
+        self._lingering = threading.Condition(self.mutex)
+        self.worker_id = str(uuid.uuid4())
+        self._seqs = itertools.count()
+        self._gathered: Sequence[_Call] = _NO_CALLS
+        self._leader: int | None = None  # thread that has an exchange on the wire
+        self._outbox: list[TrialWrite] = []
+        self._outbox_due_s = 0.0
+        self._linger_thread: threading.Thread | None = None
+        self._rejected: dict[int, list[str]] = {}
+        self.n_exchanges = 0
+
+    # --- sequence and outbox ---------------------------------------------------------------------
+
+    def marks(self) -> dict[str, Any]:
+        """``worker_id`` and a ``seq`` that no other record of it has."""
+        return {"worker_id": self.worker_id, "seq": next(self._seqs)}
+
+    def defer(self, record: TrialWrite) -> bool:
+        """Put a record off until the next exchange, at most for the linger; hold the mutex.
+
+        Returns:
+            Whether the outbox is full; the caller then has to run an exchange.
+        """
+        if not self._outbox and self._linger_s != math.inf:
+            self._outbox_due_s = self._clock.now_s() + self._linger_s
+            if self._linger_thread is None:
+                _flush_at_exit_of_this_process()
+                self._linger_thread = threading.Thread(
+                    target=self._linger, name="trialstore-linger", daemon=True
+                )
+                self._linger_thread.start()
+        self._outbox.append(record)
+        return len(self._outbox) >= _OUTBOX_MAX
+
+    def has_deferred(self) -> bool:
+        """Whether anything waits in the outbox."""
+        return bool(self._outbox)
+
+    def _linger(self) -> None:
+        """Exchange what has waited for the linger; ends when nothing waits."""
+        pause_s = self._linger_s
+        while True:
+            with self.mutex:
+                if not self._outbox:
+                    self._linger_thread = None
+                    return
+                remaining_s = self._outbox_due_s - self._clock.now_s()
+                if remaining_s > 0:
+                    self._clock.wait(self._lingering, remaining_s)
+                    continue
+            try:
+                self.run((), NOTHING)
+                pause_s = self._linger_s
+            except Exception as error:
+                if pause_s == self._linger_s:
+                    _logger.warning("Deferred records wait for the log to come back: %s", error)
+                pause_s = min(pause_s * 2 or _RETRY_PAUSE_MAX_S, _RETRY_PAUSE_MAX_S)
+                with self.mutex:
+                    self._outbox_due_s = self._clock.now_s() + pause_s
+
+    def flush(self) -> None:
+        """Empty the outbox.
+
+        Raises:
+            UpdateFinishedTrialError: Deferred records were rejected since they were last told of.
+        """
+        while True:
+            with self.mutex:
+                waiting = bool(self._outbox) or self._leader is not None
+            if not waiting:
+                break
+            self.run((), NOTHING)
+        with self.mutex:
+            rejected = [text for texts in self._rejected.values() for text in texts]
+            self._rejected.clear()
+        if rejected:
+            raise UpdateFinishedTrialError(" ".join(rejected))
+
+    def raise_rejected(self, trial_id: int) -> None:
+        """Tell, once, of deferred records on this trial that the log did not take."""
+        if self._rejected:
+            with self.mutex:
+                rejected = self._rejected.pop(trial_id, None)
+            if rejected:
+                raise UpdateFinishedTrialError(" ".join(rejected))
+
+    # --- exchanges -------------------------------------------------------------------------------
+
+    def run(self, records: Sequence[AnyOperation], wanted: Wanted) -> list[Outcome]:
+        """Take part in an exchange that begins after this call, and wait for it.
+
+        Args:
+            records: Appended in order, together; each with a ``seq`` of its own.
+            wanted: What the replica must tell the truth about afterwards.
+
+        Returns:
+            One outcome per record.
+
+        Raises:
+            As ``Log.exchange``.
+        """
+        with self.mutex:
+            if self._leader is None:
+                self._leader = threading.get_ident()
+                calls, self._gathered = self._gathered, _NO_CALLS
+                deferred, self._outbox = self._outbox, []
+            else:
+                call = _Call(records, wanted)
+                self._gathered = [*self._gathered, call]
+                while self._leader is not None and not call.done:
+                    self._exchanged.wait()
+                if call.done:
+                    if call.error is not None:
+                        raise call.error
+                    if not self.replica.is_complete:
+                        self._load(wanted)
+                    return call.outcomes
+                self._leader = threading.get_ident()
+                calls = [other for other in self._gathered if other is not call]
+                self._gathered = _NO_CALLS
+                deferred, self._outbox = self._outbox, []
+        outcomes = self._lead(records, wanted, calls, deferred)
+        if not self.replica.is_complete:
+            self._load(wanted)
+        return outcomes
+
+    def _lead(
+        self,
+        records: Sequence[AnyOperation],
+        wanted: Wanted,
+        calls: Sequence[_Call],
+        deferred: list[TrialWrite],
+    ) -> list[Outcome]:
+        """One exchange for the leader's own records, the outbox and the calls that gathered."""
+        parts: list[Sequence[AnyOperation]] = [deferred, records, *(c.records for c in calls)]
+        for call in calls:
+            wanted |= call.wanted
+        try:
+            try:
+                outcomes: list[list[Outcome] | ValueError] = list(self._exchange(parts, wanted))
+            except ValueError:
+                # The log can't keep one of the records, and nothing was appended. One record must
+                # not keep the others out, least of all for ever.
+                parts = [*([record] for record in deferred), *parts[1:]]
+                outcomes = self._exchange_one_by_one(parts, wanted)
+        except BaseException as error:
+            with self.mutex:
+                # Nothing was appended, or nobody knows. Deferred records may be sent again
+                # either way: they overwrite, and keep the seq that marks them as the same ones.
+                self._outbox[:0] = deferred
+                for call in calls:
+                    call.error = _for_followers(error)
+                    call.done = True
+                self._release_lead()
+            raise
+        with self.mutex:
+            first = len(outcomes) - len(calls) - 1
+            for part, told in zip(parts[:first], outcomes[:first], strict=True):
+                self._note_rejected(part, told)
+            for call, told in zip(calls, outcomes[first + 1 :], strict=True):
+                if isinstance(told, ValueError):
+                    call.error = told
+                else:
+                    call.outcomes = told
+                call.done = True
+            self._release_lead()
+        mine = outcomes[first]
+        if isinstance(mine, ValueError):
+            raise mine
+        return mine
+
+    def _exchange(
+        self, parts: Sequence[Sequence[AnyOperation]], wanted: Wanted
+    ) -> list[list[Outcome]]:
+        """One exchange for all parts; the outcomes of each."""
+        sent = [record for part in parts for record in part]
+        if self._cursor is START and isinstance(self.log, SnapshotStore):
+            self._open_from_snapshot(self.log)
+        batch = self.log.exchange(sent, self._cursor, wanted)
+        with self.mutex:
+            outcomes = self._apply(batch.news, batch.outcomes, sent)
+            self._cursor = batch.cursor
+            self.n_exchanges += 1
+        while batch.more:
+            batch = self.log.exchange((), self._cursor, wanted)
+            with self.mutex:
+                self._apply(batch.news, (), [])
+                self._cursor = batch.cursor
+                self.n_exchanges += 1
+        ends = itertools.accumulate(map(len, parts))
+        return [outcomes[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
+
+    def _exchange_one_by_one(
+        self, parts: Sequence[Sequence[AnyOperation]], wanted: Wanted
+    ) -> list[list[Outcome] | ValueError]:
+        """An exchange for each part, so that what the log can't keep is told apart."""
+        told: list[list[Outcome] | ValueError] = []
+        for part in parts:
+            try:
+                told += self._exchange([part], wanted)
+            except ValueError as error:
+                told.append(error)
+        return told
+
+    def _release_lead(self) -> None:
+        self._leader = None
+        self._exchanged.notify_all()
+
+    def _apply(
+        self, news: Sequence[Record], judged: Sequence[Outcome] | None, sent: list[AnyOperation]
+    ) -> list[Outcome]:
+        """News into the replica; one outcome per sent record, the log's or the replay's."""
+        if self._saver is not None:
+            self._saver.note(len(news))
+        if judged is not None or not sent:
+            apply_all(self.replica, news)
+            return list(judged or ())
+        apply = self.replica.apply
+        me = self.worker_id
+        replayed: dict[int, Outcome] = {}
+        for record in news:
+            outcome = apply(record)
+            if isinstance(record, Operation) and record.worker_id == me:
+                replayed[record.seq] = outcome
+        try:
+            return [replayed[record.seq] for record in sent]
+        except KeyError as missing:
+            raise OutcomeUnknownError(
+                f"The log took record {missing} of {me} and did not return it. Check that no "
+                "other program writes to it."
+            ) from None
+
+    def _note_rejected(
+        self, deferred: Sequence[AnyOperation], told: list[Outcome] | ValueError
+    ) -> None:
+        if isinstance(told, ValueError):
+            verdicts = [str(told)] * len(deferred)
+        else:
+            verdicts = ["" if outcome is ACCEPTED else outcome.verdict.name for outcome in told]
+        for record, verdict in zip(deferred, verdicts, strict=True):
+            if verdict and verdict != Verdict.ACCEPTED.name:
+                text = _rejection(cast(TrialWrite, record), verdict)
+                _logger.warning(text)
+                self._rejected.setdefault(cast(TrialWrite, record).trial_id, []).append(text)
+
+    # --- snapshots -------------------------------------------------------------------------------
+
+    def _open_from_snapshot(self, log: Any) -> None:
+        """Names and positions only: trials of a study are loaded when somebody wants them."""
+        restored = restore(log, frozenset())
+        with self.mutex:
+            self.replica, self._cursor = restored.replica, restored.cursor
+            self._saver = Saver(log, restored.n_records)
+
+    def _load(self, wanted: Wanted) -> None:
+        """Trials of wanted studies that the replica passed over so far.
+
+        They are read again, with those it holds, from the snapshot and the records after it.
+        """
+        with self.mutex:
+            missing = self.replica.unloaded(wanted)
+            if not missing:
+                return
+            while self._leader is not None:
+                self._exchanged.wait()
+            self._leader = threading.get_ident()
+            focus = self.replica.loaded_study_ids() | missing
+        try:
+            restored = restore(cast(Any, self.log), focus)
+            restored = catch_up(self.log, restored)
+            with self.mutex:
+                self.replica, self._cursor = restored.replica, restored.cursor
+        finally:
+            with self.mutex:
+                self._release_lead()
+
+    def restore(self, replica: Replica, cursor: Cursor) -> None:
+        """Go on from other contents, which stand at ``cursor`` of the same log."""
+        with self.mutex:
+            while self._leader is not None:
+                self._exchanged.wait()
+            self.replica, self._cursor = replica, cursor
+
+    # --- fork ------------------------------------------------------------------------------------
+
+    def hold_for_fork(self) -> None:
+        """Let a running exchange come to its end, and start none until the fork is made."""
+        self.mutex.acquire()
+        while self._leader not in (None, threading.get_ident()):
+            self._exchanged.wait()
+
+    def go_on_in_parent(self) -> None:
+        self.mutex.release()
+
+    def begin_in_child(self) -> None:
+        """What was read stays; the outbox, the sequence and the threads are the parent's."""
+        self._renew()
+        if self._saver is not None:
+            self._saver.begin_in_child()
+
+
+def _for_followers(error: BaseException) -> BaseException:
+    """What the other threads of a failed exchange get to see."""
+    if isinstance(error, Exception):
+        return error
+    return OutcomeUnknownError(
+        f"The thread that exchanged for this one was interrupted by {type(error).__name__}."
+    )
+
+
+def _rejection(record: TrialWrite, why: str) -> str:
+    return (
+        f"{type(record).__name__} on the trial with id {record.trial_id} was put off and then not "
+        f"stored: {why}. The trial may have been finished or deleted by somebody else meanwhile."
+    )
+
+
+# --- fork and exit -------------------------------------------------------------------------------
+
+_alive: weakref.WeakSet[Exchanger] = weakref.WeakSet()
+_held: list[Exchanger] = []
+_exit_registered_in: int | None = None
+
+
+def _hold_all() -> None:
+    # By id: two threads that fork at once must take the same locks in the same order.
+    _held[:] = sorted(_alive, key=id)
+    for exchanger in _held:
+        exchanger.hold_for_fork()
+
+
+def _release_all() -> None:
+    for exchanger in reversed(_held):
+        exchanger.go_on_in_parent()
+    _held.clear()
+
+
+def _begin_all() -> None:
+    for exchanger in _held:
+        exchanger.begin_in_child()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold_all, after_in_parent=_release_all, after_in_child=_begin_all)
+
+
+def _flush_all() -> None:
+    for exchanger in list(_alive):
+        try:
+            exchanger.flush()
+        except UpdateFinishedTrialError:
+            pass  # logged when it was rejected
+        except (LogUnavailableError, OutcomeUnknownError) as error:
+            _logger.error("Deferred records are lost with this process: %s", error)
+
+
+def _flush_at_exit_of_this_process() -> None:
+    """A multiprocessing child runs finalizers, its own only, but no ``atexit``."""
+    global _exit_registered_in
+    if _exit_registered_in != os.getpid():
+        _exit_registered_in = os.getpid()
+        multiprocessing_util.Finalize(None, _flush_all, exitpriority=100)
+        atexit.register(_flush_all)

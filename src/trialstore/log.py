@@ -1,0 +1,160 @@
+"""What a log is: a place that keeps records, and tells what is new, in one round trip.
+
+``Log`` is two methods. What only some logs can do stands beside it, each as a protocol of its
+own; a log that can't simply lacks the method. A log imports records, never the replica, and
+never another log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+
+from trialstore.records import AnyOperation, Outcome, Record
+
+Cursor = Any
+"""Position after the last record applied; opaque outside its log; ``START`` is before the first.
+
+A cursor is an immutable value that msgpack can carry. Where a log answers less than everything,
+its cursor also records what has been covered, so that a narrow read never skips what a later,
+wider one needs.
+"""
+
+START: Cursor = None
+
+_NONE: frozenset[Any] = frozenset()
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the answer of an exchange must cover; it may cover more. ``a | b`` covers both.
+
+    After the news are applied, the replica says the truth about what was wanted, as of a moment
+    after the exchange began. Whatever names a study or trial covers also that it does not exist.
+
+    Args:
+        catalogue: Every study, without trials.
+        studies: Ids of studies: name, directions, attributes.
+        names: Names of studies, likewise.
+        trials_of: Ids of studies: the study and all of its trials.
+        waiting_of: Ids of studies: the study and which of its trials are WAITING.
+        trials: Ids of trials.
+        numbers: Pairs (study id, trial number): that trial.
+        params: Pairs (study id, parameter name): the distribution that later uses of the name
+            must be compatible with. A ``SetTrialParam`` in the same exchange whose pair is in
+            here is judged for compatibility; others are known to be compatible.
+    """
+
+    catalogue: bool = False
+    studies: frozenset[int] = _NONE
+    names: frozenset[str] = _NONE
+    trials_of: frozenset[int] = _NONE
+    waiting_of: frozenset[int] = _NONE
+    trials: frozenset[int] = _NONE
+    numbers: frozenset[tuple[int, int]] = _NONE
+    params: frozenset[tuple[int, str]] = _NONE
+
+    def __or__(self, other: Wanted) -> Wanted:
+        if other is NOTHING or other is self:
+            return self
+        if self is NOTHING:
+            return other
+        return Wanted(
+            catalogue=self.catalogue or other.catalogue,
+            studies=self.studies | other.studies,
+            names=self.names | other.names,
+            trials_of=self.trials_of | other.trials_of,
+            waiting_of=self.waiting_of | other.waiting_of,
+            trials=self.trials | other.trials,
+            numbers=self.numbers | other.numbers,
+            params=self.params | other.params,
+        )
+
+
+NOTHING = Wanted()
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """The answer of an exchange.
+
+    Args:
+        outcomes: One per appended record, where the log judges; None where replay does, and then
+            every appended record is among the news, known by its ``worker_id`` and ``seq``.
+        news: The new records in log order. A log that judges adds the image of every trial that
+            the appended records created or claimed.
+        cursor: Position after ``news``.
+        more: There is more than an answer should hold; exchange again from ``cursor``, until
+            there is not, to know the truth about what was wanted. Never where records were sent.
+    """
+
+    outcomes: Sequence[Outcome] | None
+    news: Sequence[Record]
+    cursor: Cursor
+    more: bool = False
+
+
+class Log(Protocol):
+    """An ordered sequence of records.
+
+    A log may be used by one thread at a time. It is usable in a forked child without further
+    ado: it notices the new process by itself, opens what it needs anew, and neither uses nor
+    closes what it inherited. Pickled, it carries its address, not its connections.
+    """
+
+    def exchange(self, records: Sequence[AnyOperation], cursor: Cursor, wanted: Wanted) -> Batch:
+        """Append ``records`` and return what is new after ``cursor``, in one round trip.
+
+        Args:
+            records: 0 or more operations, in order, all or none appended; durable on return if
+                ``must_be_durable`` says so.
+            cursor: Position after the last record applied; ``START`` reads all.
+            wanted: What the answer must cover at least.
+
+        Returns:
+            Outcomes, news and the new cursor. The old cursor stays valid.
+
+        Raises:
+            LogUnavailableError: Not reached, nothing appended; safe to retry.
+            OutcomeUnknownError: Appended or not, and the mark can't be read.
+            LogCorruptError: Undecodable bytes before the tail, with their offset.
+            ValueError: A record holds what this log can't keep; nothing was appended.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release connections and files; a later exchange opens them again."""
+        ...
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """A log that can't hold every value, and says so without a round trip."""
+
+    def check(self, records: Sequence[AnyOperation]) -> None:
+        """Raises ValueError for a record that can't be kept, saying what to do instead."""
+        ...
+
+
+@runtime_checkable
+class SnapshotStore(Protocol):
+    """A log that can keep one snapshot of a replica beside its records.
+
+    The store keeps and returns bytes; ``snapshot.py`` gives them their meaning. Losing a snapshot
+    loses nothing but time.
+    """
+
+    def save_snapshot(self, make: Callable[[], tuple[bytes, Cursor] | None]) -> bool:
+        """Replace the stored snapshot, atomically, by what ``make`` returns.
+
+        ``make`` runs while no other process saves one, and returns the bytes and the position
+        that they are at, or None to leave things as they are.
+
+        Returns:
+            False, without calling ``make``, while somebody else is saving one.
+        """
+        ...
+
+    def load_snapshot(self) -> tuple[bytes | memoryview, Cursor] | None:
+        """The stored snapshot and its cursor; None if there is none that belongs to this log."""
+        ...

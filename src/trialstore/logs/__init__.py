@@ -1,0 +1,1 @@
+"""Rooms for logs; none of them knows another."""

@@ -1,0 +1,1 @@
+"""What runs over gRPC: the log itself, and Optuna's storage service."""

@@ -1,0 +1,520 @@
+"""One log for many clients: two ways, by who judges.
+
+Where replay judges (journals), every client reads the same records, so that one thread at a time
+exchanges for all who wait (group commit), and what is new is packed once, into a *tail* that
+answers every cursor in it. Where the log judges (tables), each answer is its client's own; clients
+run side by side on copies of the log.
+
+*A write is applied once.* A client that got no answer sends the same records again, marked as
+``again``; their marks (``worker_id``, ``seq``) tell whether they are there. On a journal they are
+found among the news, whichever server appended them. Where the log judges, this process remembers
+the outcomes of each client's last exchange, and after a restart what the log shows decides
+(``settle.py``).
+
+What a crash leaves: a journal's records are in it or not; this process keeps nothing but copies
+and the outcomes just mentioned.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from itertools import islice
+import threading
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
+
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.log import NOTHING, START, Batch, Cursor, Limited, Log, SnapshotStore, Wanted
+from trialstore.logs.grpc import settle
+from trialstore.logs.grpc.payload import (
+    Packed,
+    pack,
+    pack_cursor,
+    payloads,
+    unpack_cursor,
+    unpack_records,
+)
+from trialstore.records import (
+    AnyOperation,
+    CreateStudy,
+    CreateTrial,
+    DeleteStudy,
+    Operation,
+    Outcome,
+    SetTrialStateValues,
+)
+
+_T = TypeVar("_T")
+
+_TAIL_BYTES_MAX: Final = 32 << 20
+_TAIL_RUNS_MAX: Final = 50_000  # each costs some 400 bytes beside its records
+# Of outcomes, over all clients: each has one exchange at a time, seldom of more than ten records.
+_REMEMBERED_MAX: Final = 100_000
+
+_Mark = tuple[str, int]
+
+
+class Request(NamedTuple):
+    """What a client asks.
+
+    Args:
+        records: To be appended.
+        cursor: Packed.
+        wanted: As for ``Log.exchange``.
+        again: An earlier attempt may have appended the records.
+        is_alive: Whether the client still waits. What it has given up must not be appended
+            later: it may be sending it again by now, elsewhere.
+    """
+
+    records: list[AnyOperation]
+    cursor: bytes
+    wanted: Wanted
+    again: bool = False
+    is_alive: Callable[[], object] = lambda: True
+
+
+class Answer(NamedTuple):
+    """What it gets; ``outcomes`` is None where replay judges."""
+
+    news: list[Packed]
+    cursor: bytes
+    outcomes: Sequence[Outcome] | None
+
+
+class Share(Protocol):
+    """A log that any number of threads may use."""
+
+    log: Log
+
+    def exchange(self, request: Request) -> Answer:
+        """As ``Log.exchange``, errors included."""
+        ...
+
+    def alone(self, work: Callable[[], _T]) -> _T:
+        """Run something with ``log`` while nobody exchanges on it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ShareLog:
+    """A share as a log again, for the storage whose log it was."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        log = share.log
+        if isinstance(log, SnapshotStore):
+            # On the instance: protocols that are checked at run time don't see __getattr__.
+            self.__dict__["load_snapshot"] = lambda: share.alone(log.load_snapshot)
+            self.__dict__["save_snapshot"] = log.save_snapshot
+        if isinstance(log, Limited):
+            self.__dict__["check"] = log.check
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self._share.log,)
+
+    def __repr__(self) -> str:
+        return f"ShareLog({self._share.log!r})"
+
+    def exchange(self, records: Sequence[AnyOperation], cursor: Cursor, wanted: Wanted) -> Batch:
+        """See ``Log.exchange``."""
+        answer = self._share.exchange(Request(list(records), pack_cursor(cursor), wanted))
+        news = [
+            record for load in payloads(answer.news, 1 << 62) for record in unpack_records(load)
+        ]
+        return Batch(answer.outcomes, news, unpack_cursor(answer.cursor))
+
+    def close(self) -> None:
+        """See ``Log.close``."""
+        self._share.close()
+
+
+def _same(log: Log) -> Log:
+    return log
+
+
+def share_of(log: Log, cursor: Cursor, copy_log: Callable[[], Log], *, n_copies_max: int) -> Share:
+    """The way that suits a log; asks it for nothing and sees whether it would judge.
+
+    Args:
+        log: From now on used by the share alone.
+        cursor: A position near the end.
+        copy_log: Makes another handle on the same log.
+        n_copies_max: So many handles at most, the first included.
+    """
+    batch = log.exchange((), cursor, NOTHING)
+    if batch.outcomes is None:
+        return SequentialShare(log, pack_cursor(batch.cursor))
+    return JudgedShare(log, copy_log, n_copies_max=n_copies_max)
+
+
+def _mark(record: AnyOperation) -> _Mark:
+    return record.worker_id, record.seq
+
+
+def _abandoned() -> LogUnavailableError:
+    return LogUnavailableError("The client gave up before its turn came; nothing was appended.")
+
+
+# --- replay judges -------------------------------------------------------------------------------
+
+
+class _Call:
+    __slots__ = ("answer", "done", "error", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.answer: Answer | None = None
+        self.error: BaseException | None = None
+        self.done = False
+
+
+class SequentialShare:
+    """Group commit and a shared tail over a log whose records are the same for all.
+
+    Args:
+        log: Used by one thread at a time, and by nobody else.
+        head: A packed position that the tail begins at.
+    """
+
+    def __init__(self, log: Log, head: bytes) -> None:
+        self.log = log
+        self._turn = threading.Condition()
+        self._gathered: list[_Call] = []
+        self._leads = False
+        self._tail = _Tail(head)
+        self._last_seq: OrderedDict[str, int] = OrderedDict()
+
+    def exchange(self, request: Request) -> Answer:
+        """See ``Share``."""
+        call = _Call(request)
+        with self._turn:
+            self._gathered.append(call)
+            while self._leads and not call.done:
+                self._turn.wait()
+            if call.done:
+                return _result(call)
+            self._leads = True
+            calls, self._gathered = self._gathered, []
+        try:
+            self._lead(calls)
+        except BaseException as error:
+            for other in calls:
+                if other.answer is None and other.error is None:
+                    other.error = error
+        finally:
+            with self._turn:
+                for other in calls:
+                    other.done = True
+                self._leads = False
+                self._turn.notify_all()
+        return _result(call)
+
+    def alone(self, work: Callable[[], _T]) -> _T:
+        """See ``Share``."""
+        with self._turn:
+            while self._leads:
+                self._turn.wait()
+            self._leads = True
+        try:
+            return work()
+        finally:
+            with self._turn:
+                self._leads = False
+                self._turn.notify_all()
+
+    def close(self) -> None:
+        self.alone(self.log.close)
+
+    def _lead(self, calls: list[_Call]) -> None:
+        """One exchange for all; then what has to be looked for first; then everybody's news."""
+        fresh = [call for call in calls if call.request.records and not self._is_doubtful(call)]
+        doubtful = [call for call in calls if call.request.records and call not in fresh]
+        self._append(fresh)
+        for call in doubtful:
+            try:
+                self._append_what_is_missing(call)
+            except Exception as error:
+                call.error = error
+        for call in calls:
+            if call.error is None:
+                try:
+                    call.answer = Answer(*self._since(call.request.cursor), None)
+                except Exception as error:
+                    call.error = error
+
+    def _is_doubtful(self, call: _Call) -> bool:
+        """Whether records may be in the log already: said to be, or late to arrive."""
+        request = call.request
+        first, last = request.records[0], request.records[-1]
+        before = self._last_seq.get(first.worker_id, -1)
+        self._last_seq[first.worker_id] = max(before, last.seq)
+        self._last_seq.move_to_end(first.worker_id)
+        if len(self._last_seq) > _REMEMBERED_MAX:
+            self._last_seq.popitem(last=False)
+        return request.again or first.seq <= before
+
+    def _append(self, calls: list[_Call]) -> None:
+        """One exchange for the records of all calls; without any it looks for others' records."""
+        alive = []
+        for call in calls:
+            if call.request.is_alive():
+                alive.append(call)
+            else:
+                call.error = _abandoned()
+        records = [record for call in alive for record in call.request.records]
+        try:
+            self._advance(records)
+        except (LogUnavailableError, OutcomeUnknownError) as error:
+            for call in alive:
+                call.error = error
+            if not alive:
+                raise
+        except Exception as error:
+            if len(alive) <= 1:
+                for call in alive:
+                    call.error = error
+                if not alive:
+                    raise
+                return
+            for call in alive:  # whose it is does not matter to the others
+                self._append([call])
+
+    def _advance(self, records: Sequence[AnyOperation]) -> None:
+        batch = self.log.exchange(records, unpack_cursor(self._tail.head), NOTHING)
+        self._tail.add(pack(batch.news), pack_cursor(batch.cursor))
+
+    def _append_what_is_missing(self, call: _Call) -> None:
+        request = call.request
+        self._advance(())
+        wanted = {_mark(record) for record in request.records}
+        for run in self._since(request.cursor)[0]:
+            for payload in payloads([run], 0):
+                for record in unpack_records(payload):
+                    if isinstance(record, Operation):
+                        wanted.discard((record.worker_id, record.seq))
+        missing = [record for record in request.records if _mark(record) in wanted]
+        if missing:
+            if not request.is_alive():
+                raise _abandoned()
+            self._advance(missing)
+
+    def _since(self, cursor: bytes) -> tuple[list[Packed], bytes]:
+        news = self._tail.since(cursor)
+        if news is not None:
+            return news, self._tail.head
+        # Older than the tail, or from another server that read in other portions: read for this
+        # client alone, and hope to meet the tail's head.
+        batch = self.log.exchange((), unpack_cursor(cursor), NOTHING)
+        end = pack_cursor(batch.cursor)
+        if end != self._tail.head:
+            self._advance(())
+        return pack(batch.news), end
+
+
+def _result(call: _Call) -> Answer:
+    if call.error is not None:
+        raise call.error
+    assert call.answer is not None
+    return call.answer
+
+
+class _Tail:
+    """The last records, packed, by the positions that answers ended at."""
+
+    def __init__(self, head: bytes) -> None:
+        self.head = head
+        self._runs: deque[tuple[bytes, list[Packed]]] = deque()  # with the position before them
+        self._numbers: dict[bytes, int] = {}  # position -> number of the run after it
+        self._first = 0
+        self._n_bytes = 0
+
+    def add(self, news: list[Packed], head: bytes) -> None:
+        if head == self.head:
+            return
+        self._numbers[self.head] = self._first + len(self._runs)
+        self._runs.append((self.head, news))
+        self._n_bytes += sum(run.size for run in news)
+        self.head = head
+        while self._n_bytes > _TAIL_BYTES_MAX or len(self._runs) > _TAIL_RUNS_MAX:
+            before, dropped = self._runs.popleft()
+            self._n_bytes -= sum(run.size for run in dropped)
+            self._first += 1
+            del self._numbers[before]
+
+    def since(self, cursor: bytes) -> list[Packed] | None:
+        """What is after a position; None if the tail does not know it."""
+        if cursor == self.head:
+            return []
+        number = self._numbers.get(cursor)
+        if number is None:
+            return None
+        newer = list(islice(reversed(self._runs), self._first + len(self._runs) - number))
+        return [run for _, runs in reversed(newer) for run in runs]
+
+
+# --- the log judges ------------------------------------------------------------------------------
+
+
+class JudgedShare:
+    """Copies of a log that judges, side by side.
+
+    Args:
+        log: The first of them.
+        copy_log: Makes another.
+        n_copies_max: So many at most; more clients wait for their turn.
+    """
+
+    def __init__(self, log: Log, copy_log: Callable[[], Log], *, n_copies_max: int) -> None:
+        self.log = log
+        self._copy_log = copy_log
+        self._n_more = n_copies_max - 1
+        self._idle = [log]
+        self._available = threading.Condition()
+        self._remembered = _Remembered()
+
+    def exchange(self, request: Request) -> Answer:
+        """See ``Share``."""
+        records = request.records
+        if not records:
+            return self._exchange(request, NOTHING)
+        with self._remembered.one_at_a_time(records[0].worker_id):
+            known = self._remembered.find(records)
+            if not known and request.again:
+                known = self._look_for(records)
+            missing = [index for index in range(len(records)) if index not in known]
+            if missing and not request.is_alive():
+                raise _abandoned()
+            owed = _owed([(records[index], outcome) for index, outcome in known.items()])
+            answer = self._exchange(
+                request._replace(records=[records[index] for index in missing]), owed
+            )
+            new = dict(zip(missing, answer.outcomes or (), strict=True))
+            outcomes = [known[i] if i in known else new[i] for i in range(len(records))]
+            self._remembered.keep(records, outcomes)
+            return answer._replace(outcomes=outcomes)
+
+    def alone(self, work: Callable[[], _T]) -> _T:
+        """See ``Share``; waits until the first handle is idle."""
+        with self._available:
+            while self.log not in self._idle:
+                self._available.wait()
+            self._idle.remove(self.log)
+        try:
+            return work()
+        finally:
+            with self._available:
+                self._idle.append(self.log)
+                self._available.notify_all()
+
+    def close(self) -> None:
+        with self._available:
+            for log in self._idle:
+                log.close()
+
+    def _exchange(self, request: Request, more: Wanted) -> Answer:
+        with self._copy() as log:
+            batch = log.exchange(
+                request.records, unpack_cursor(request.cursor), request.wanted | more
+            )
+        return Answer(pack(batch.news), pack_cursor(batch.cursor), batch.outcomes)
+
+    def _look_for(self, records: list[AnyOperation]) -> dict[int, Outcome]:
+        wanted = settle.evidence(records)
+        if wanted == NOTHING:
+            return {}
+        with self._copy() as log:
+            batch = log.exchange((), START, wanted)
+        return settle.find_appended(records, batch.news)
+
+    @contextlib.contextmanager
+    def _copy(self) -> Iterator[Log]:
+        with self._available:
+            while not self._idle and self._n_more <= 0:
+                self._available.wait()
+            if self._idle:
+                log = self._idle.pop()
+            else:
+                self._n_more -= 1
+                log = None
+        try:
+            if log is None:
+                log = self._copy_log()
+            yield log
+        finally:
+            with self._available:
+                if log is None:
+                    self._n_more += 1
+                else:
+                    self._idle.append(log)
+                self._available.notify()
+
+
+def _owed(known: Sequence[tuple[AnyOperation, Outcome]]) -> Wanted:
+    """What a log that judges adds to its news: all that was created, claimed or deleted."""
+    studies: set[int] = set()
+    trials: set[int] = set()
+    for record, outcome in known:
+        if isinstance(record, CreateStudy):
+            studies.add(outcome.id)
+        elif isinstance(record, DeleteStudy):
+            studies.add(record.study_id)
+        elif isinstance(record, CreateTrial):
+            studies.add(record.study_id)
+            trials.add(outcome.id)
+        elif isinstance(record, SetTrialStateValues):
+            trials.add(record.trial_id)
+    return Wanted(studies=frozenset(studies - {-1}), trials=frozenset(trials - {-1}))
+
+
+class _Remembered:
+    """The outcomes of each client's last exchange, and a lock for each client."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._outcomes: OrderedDict[str, dict[int, Outcome]] = OrderedDict()
+        self._n_outcomes = 0
+        self._locks: dict[str, list[Any]] = {}  # worker_id -> lock, how many use it
+
+    @contextlib.contextmanager
+    def one_at_a_time(self, worker_id: str) -> Iterator[None]:
+        """A client's second attempt waits for what has become of its first."""
+        with self._mutex:
+            entry = self._locks.setdefault(worker_id, [threading.Lock(), 0])
+            entry[1] += 1
+        try:
+            with entry[0]:
+                yield
+        finally:
+            with self._mutex:
+                entry[1] -= 1
+                if not entry[1]:
+                    del self._locks[worker_id]
+
+    def find(self, records: Sequence[AnyOperation]) -> dict[int, Outcome]:
+        """Outcomes of the records that were in the last exchange, by index."""
+        with self._mutex:
+            known = self._outcomes.get(records[0].worker_id)
+            if known is None:
+                return {}
+            return {
+                index: known[record.seq]
+                for index, record in enumerate(records)
+                if record.seq >= 0 and record.seq in known
+            }
+
+    def keep(self, records: Sequence[AnyOperation], outcomes: Sequence[Outcome]) -> None:
+        worker_id = records[0].worker_id
+        with self._mutex:
+            before = self._outcomes.pop(worker_id, None)
+            if before is not None:
+                self._n_outcomes -= len(before)
+            kept = {
+                record.seq: outcome for record, outcome in zip(records, outcomes, strict=False)
+            }
+            self._outcomes[worker_id] = kept
+            self._n_outcomes += len(kept)
+            while self._n_outcomes > _REMEMBERED_MAX and len(self._outcomes) > 1:
+                _, dropped = self._outcomes.popitem(last=False)
+                self._n_outcomes -= len(dropped)

@@ -1,0 +1,87 @@
+-- One exchange with a journal: append what is not there yet, and return what is new.
+--
+-- Redis runs a script alone, and writes what it did to its append-only file as one transaction:
+-- a crash leaves all of it or nothing. Every check comes before the first write, and the first
+-- write is one that Redis refuses when memory is short, so an error leaves nothing either.
+--
+-- KEYS[1]  PREFIX:log_number            number of the last record
+-- KEYS[2]  PREFIX:trialstore:complete   every record up to this number has been written
+-- ARGV[1]  PREFIX:log:                  a record's key without its number
+-- ARGV[2]  number of the next record that the caller has not read
+-- ARGV[3]  the last bytes of the record before that one; empty if not known
+-- ARGV[4]  how many records may be returned
+-- ARGV[5…] records to append
+--
+-- Returns {status, number, records}:
+--   ok       number of the last record, the records before the appended ones
+--   behind   number of the last record; more are new than may be returned, nothing was appended
+--   hole     number of a record that is not there (yet), nothing was appended
+--   short    number of the last record, which is before the one the caller has read
+--   changed  number of the record that does not end with the given bytes
+--   beyond   number of a record after the last one
+--   number   0, what PREFIX:log_number holds instead of a number
+--
+-- Source: docs/formats/redis.md.
+
+local function key_of(number)
+  return ARGV[1] .. string.format('%d', number)
+end
+
+local stored = redis.call('GET', KEYS[1])
+local last = tonumber(stored or '-1')
+if not last then
+  return {'number', 0, {stored}}
+end
+local next = tonumber(ARGV[2])
+if next > last + 1 then
+  return {'short', last, {}}
+end
+if redis.call('EXISTS', key_of(last + 1)) == 1 then
+  return {'beyond', last + 1, {}}
+end
+local tail = ARGV[3]
+if tail ~= '' and redis.call('GETRANGE', key_of(next - 1), -#tail, -1) ~= tail then
+  return {'changed', next - 1, {}}
+end
+if last - next + 1 > tonumber(ARGV[4]) then
+  return {'behind', last, {}}
+end
+
+local news = {}
+if next <= last then
+  local keys = {}
+  for number = next, last do
+    keys[#keys + 1] = key_of(number)
+  end
+  news = redis.call('MGET', unpack(keys))
+  for index = 1, #keys do
+    if not news[index] then
+      return {'hole', next + index - 1, {}}
+    end
+  end
+end
+
+if #ARGV > 4 then
+  -- A record carries its writer and its place in that writer's sequence, so no two are equal. One
+  -- that is among the news was appended by an attempt whose answer was lost, and attempts that
+  -- arrive late find the records of those that overtook them.
+  local known = {}
+  for _, record in ipairs(news) do
+    known[record] = true
+  end
+  local fresh = {}
+  for index = 5, #ARGV do
+    if not known[ARGV[index]] then
+      fresh[#fresh + 1] = ARGV[index]
+    end
+  end
+  if #fresh > 0 then
+    redis.call('SET', KEYS[1], string.format('%d', last + #fresh))
+    for index, record in ipairs(fresh) do
+      redis.call('SET', key_of(last + index), record)
+    end
+    last = last + #fresh
+    redis.call('SET', KEYS[2], string.format('%d', last))
+  end
+end
+return {'ok', last, news}

@@ -1,0 +1,110 @@
+"""How far a replica has followed each study, so that a poll costs what changed.
+
+Ids appear in commit order within a study (whoever creates a trial holds the study's row until the
+commit), so two marks say everything: up to ``all_id`` every trial has been sent; up to
+``seen_id`` it is known which trials were unfinished. Unfinished trials may change, so they are
+kept by id: RUNNING ones in ``held`` whatever became of them, until their finished image has been
+sent; WAITING ones as ranges, because there may be thousands.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any, Final
+
+import msgspec
+
+Ranges = tuple[tuple[int, int], ...]
+
+RANGES_MAX: Final = 64
+"""More ranges than this are merged, which costs rows that turn out not to be WAITING."""
+
+
+class Probe(msgspec.Struct, frozen=True, array_like=True):
+    """A trial by which a study is recognised where ids are used again after a delete."""
+
+    trial_id: int
+    number: int
+    start: str
+    """As the column has it; empty for one not started."""
+    finished: bool
+
+
+class StudyCursor(msgspec.Struct, frozen=True, array_like=True):
+    """How far one study has been followed.
+
+    Args:
+        name: Its name, which never changes.
+        digest: Hash of its last image.
+        all_id: Every trial up to this id has been sent; 0 for none.
+        seen_id: Up to this id unfinished trials are known; never less than ``all_id``.
+        last_id: The greatest id of a trial of this study met so far.
+        held: RUNNING trials as they were last seen: id and start (empty if not read).
+        waiting: Ids of trials sent as WAITING, from and to, both included.
+        probe: Where ids are used again.
+    """
+
+    name: str
+    digest: bytes
+    all_id: int = 0
+    seen_id: int = 0
+    last_id: int = 0
+    held: tuple[tuple[int, str], ...] = ()
+    waiting: Ranges = ()
+    probe: Probe | None = None
+
+
+Studies = dict[int, StudyCursor]
+"""The whole cursor: studies by id. Never edited; ``None`` is START."""
+
+
+def read_cursor(cursor: Any) -> Studies:
+    """The cursor as given back by a caller, who may have sent it through msgpack."""
+    if cursor is None:
+        return {}
+    if type(cursor) is dict and all(type(s) is StudyCursor for s in cursor.values()):
+        return cursor
+    return msgspec.convert(cursor, Studies, strict=False)
+
+
+def without_ids(ranges: Ranges, ids: Iterable[int]) -> Ranges:
+    """The ranges with some ids taken out."""
+    result = list(ranges)
+    for one in ids:
+        at = bisect_right(result, (one, 1 << 62)) - 1
+        if at < 0 or not result[at][0] <= one <= result[at][1]:
+            continue
+        low, high = result[at]
+        result[at : at + 1] = [
+            part for part in ((low, one - 1), (one + 1, high)) if part[0] <= part[1]
+        ]
+    return tuple(result)
+
+
+def with_ids(ranges: Ranges, ids: Iterable[int]) -> Ranges:
+    """The ranges with some ids put in."""
+    parts = sorted([*ranges, *((one, one) for one in ids)])
+    result: list[tuple[int, int]] = []
+    for low, high in parts:
+        if result and low <= result[-1][1] + 1:
+            result[-1] = (result[-1][0], max(result[-1][1], high))
+        else:
+            result.append((low, high))
+    while len(result) > RANGES_MAX:
+        gaps = [(result[i + 1][0] - result[i][1], i) for i in range(len(result) - 1)]
+        for i in sorted((i for _, i in sorted(gaps)[: len(result) - RANGES_MAX]), reverse=True):
+            result[i : i + 2] = [(result[i][0], result[i + 1][1])]
+    return tuple(result)
+
+
+def holds_id(ranges: Ranges, one: int) -> bool:
+    at = bisect_right(ranges, (one, 1 << 62)) - 1
+    return at >= 0 and ranges[at][0] <= one <= ranges[at][1]
+
+
+def few_ids(ranges: Ranges, n_max: int) -> list[int] | None:
+    """All ids in the ranges, or None if there are more than ``n_max``."""
+    if sum(high - low + 1 for low, high in ranges) > n_max:
+        return None
+    return [one for low, high in ranges for one in range(low, high + 1)]

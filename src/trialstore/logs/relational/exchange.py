@@ -1,0 +1,450 @@
+"""One exchange is one transaction, and one message where the driver allows.
+
+An exchange that writes goes like this::
+
+    BEGIN
+    lock the studies that get trials, then the trials that are written on, each in order of id
+    read the facts that decide (or have the mark keep them), and claim the mark's number
+    write, each statement on the condition that the facts still say
+    COMMIT
+    read what was wanted
+
+Between any two of these lines a crash leaves nothing behind but, after COMMIT, everything. What
+is read comes after the commit, so that no lock is held while rows are on their way; it is a
+moment after the exchange began, which is all that was promised.
+
+A lost answer to COMMIT is settled by the mark (``trialstore_sessions``): its row is updated in
+the same transaction, so it tells whether that one happened, and the facts in it tell the
+outcomes. On SQLite there is no such answer to lose.
+
+Source: docs/formats/tables.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from trialstore import records as r
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.log import Batch, Wanted
+from trialstore.logs.relational import statements as s, tables as t
+from trialstore.logs.relational.cursor import Studies
+from trialstore.logs.relational.dialects import Dialect, Fault, Session, Step
+from trialstore.logs.relational.limits import refusal
+from trialstore.logs.relational.reading import Reading, Written
+from trialstore.logs.relational.verdicts import Facts, Touched
+from trialstore.logs.relational.writing import writes
+from trialstore.records import Operation, Outcome
+
+if TYPE_CHECKING:
+    from trialstore.logs.relational.log import TablesLog
+
+_KNOWN: Final = "outcomes:"
+"""Begins a mark that holds the outcomes themselves, not the facts that they follow from."""
+
+
+class Exchange:
+    """One exchange, from its first attempt to its answer."""
+
+    def __init__(
+        self, log: TablesLog, records: list[Operation], before: Studies, wanted: Wanted
+    ) -> None:
+        self.log = log
+        self.dialect = log._dialect
+        self.records = records
+        self.before = before
+        self.wanted = wanted
+        self.outcomes: list[Outcome] | None = None
+        """None until the records are known to be committed."""
+        self.written = Written()
+        self._numbers: list[tuple[int, int, int]] = []
+        """Place among the records, study and number of trials whose ids are not known yet."""
+
+        self.sent = False
+        """Whether a COMMIT is out whose answer we don't have."""
+        self.marked = False
+        """Whether that COMMIT carried the mark."""
+        self.stepwise = False
+        """Whether a message was refused, so that we look for the record that was at fault."""
+
+    def run(self) -> Batch:
+        try:
+            return self.log._persistently(self._attempt)
+        except LogUnavailableError as error:
+            if not self.sent:
+                raise
+            # The next exchange must not be taken for this one's second try.
+            self.log._renew_session()
+            raise OutcomeUnknownError(
+                f"{self.log!r} did not answer a COMMIT and could not be asked since whether it "
+                f"happened; look at the study before repeating the call. {error.__cause__!r:.200}"
+            ) from error.__cause__
+
+    def _attempt(self) -> Batch:
+        session = self.log._connected()
+        if self.sent:
+            self._recover(session)
+        if not self.records or self.outcomes is not None:
+            reading = self._read(session)
+        elif self._fits_one_message():
+            reading = self._write_and_read(session)
+        else:
+            self.written = Written()
+            outcomes = self._write(session)
+            self.outcomes = outcomes
+            reading = self._read(session)
+        return Batch(outcomes=self.outcomes or [], news=reading.news(), cursor=reading.cursor())
+
+    # --- the mark ---
+
+    def _recover(self, session: Session) -> None:
+        """Find out what became of a COMMIT whose answer was lost.
+
+        Reading the mark waits for a transaction of ours that the server may still be busy with.
+        One that has yet to arrive there is turned away by the fence in ``statements.mark``.
+        """
+        d, log = self.dialect, self.log
+        if not self.marked:
+            self.sent = False
+            log._renew_session()
+            raise OutcomeUnknownError(
+                f"{log!r} did not answer a COMMIT, and there is no table {t.sessions.name} to "
+                "ask whether it happened; let the user create it, or look at the study."
+            )
+        steps = [d.begin_write, d.step(s.await_mark, session=log._session_id), d.commit]
+        rows = session.run(steps)[1]
+        if not rows:
+            log._renew_session()
+            raise OutcomeUnknownError(
+                f"{log!r} did not answer a COMMIT, and the row in {t.sessions.name} that tells "
+                "whether it happened is gone; look at the study before repeating the call."
+            )
+        self.sent = False
+        seq, facts, number = rows[0]
+        if seq == log._seq + 1:
+            log._seq = seq
+            self._settle(facts, number)
+
+    def _settle(self, facts: str, number: int | None) -> None:
+        """Take the outcomes from a mark that tells that the exchange was committed."""
+        if facts.startswith(_KNOWN):
+            outcomes, self.written = msgspec.json.decode(
+                facts[len(_KNOWN) :], type=tuple[list[Outcome], Written]
+            )
+            self.outcomes = outcomes
+            return
+        self._judge(Facts(facts), number)
+
+    def _judge(self, facts: Facts, number: int | None) -> None:
+        """Outcomes of one message; ids of created trials come with their images."""
+        outcomes, wrote = [], self._message_written()
+        wrote.deleted = []
+        self.written = wrote
+        self._numbers = []
+        made = 0
+        for i, record in enumerate(self.records):
+            outcome = facts.judge(record)
+            if outcome is r.ACCEPTED:
+                if isinstance(record, r.CreateStudy):
+                    outcome = Outcome(r.Verdict.ACCEPTED, facts.new_studies[0])
+                elif isinstance(record, r.DeleteStudy):
+                    wrote.deleted.append(record.study_id)
+                elif isinstance(record, r.CreateTrial):
+                    made += 1
+                    found = -1 if number is None else number
+                    self._numbers.append((i, record.study_id, found + made))
+            outcomes.append(outcome)
+        if not made:
+            wrote.created = {}
+        self.outcomes = outcomes
+
+    def _name_created(self, reading: Reading) -> None:
+        """Put the ids of created trials into the outcomes."""
+        if not self._numbers or self.outcomes is None:
+            return
+        ids = {(x.study_id, x.number): x.trial_id for x in reading.trials.values()}
+        for i, study_id, number in self._numbers:
+            trial_id = ids.get((study_id, number))
+            # Without an image the study was deleted between the commit and the read.
+            self.outcomes[i] = (
+                Outcome(r.Verdict.NO_STUDY)
+                if trial_id is None
+                else Outcome(r.Verdict.ACCEPTED, trial_id)
+            )
+
+    # --- writing, in one message ---
+
+    def _fits_one_message(self) -> bool:
+        """Whether nothing that is written depends on something read here before."""
+        if not (self.dialect.one_message and self.log._has_mark) or self.stepwise:
+            return False
+        touched = Touched(self.records)
+        return (
+            len(touched.names) <= 1
+            and len(touched.numbered) <= 1
+            and len(_segments(self.records)) == 1
+            and not self._judged_params(self.records)
+        )
+
+    def _message_written(self) -> Written:
+        """What the records do if all are accepted, which is what is asked about afterwards."""
+        wrote = Written(session=self.log._session_id)
+        for record in self.records:
+            if isinstance(record, r.CreateStudy):
+                wrote.names.append(record.study_name)
+            elif isinstance(record, r.CreateTrial):
+                known, count = wrote.created.get(record.study_id, (self._known(record), 0))
+                wrote.created[record.study_id] = (known, count + 1)
+            elif isinstance(record, r.SetTrialStateValues) and record.state == r.RUNNING:
+                wrote.trials.append(record.trial_id)
+        return wrote
+
+    def _write_and_read(self, session: Session) -> Reading:
+        d, log = self.dialect, self.log
+        touched = Touched(self.records)
+        steps = [d.begin_write]
+        steps += [d.step(s.insert_study, name=name) for name in touched.names]
+        steps += self._locks(touched, set())
+        args: dict[str, Any] = {"session": log._session_id, "seq": log._seq + 1}
+        if touched.numbered:
+            args["numbered_study"] = touched.numbered[0]
+            args["known"] = self._known(r.DeleteStudy(worker_id="", study_id=touched.numbered[0]))
+        steps.append(_facts_step(d, s.mark, touched, args, bool(touched.numbered)))
+        for record in self.records:
+            steps += writes(d, record, self._known(record))
+        steps.append(d.commit)
+        steps.append(d.step(s.read_mark, session=log._session_id))
+        n_before = len(steps)
+        reading = Reading(d, log._decoder, self.before, self.wanted, self._message_written())
+        steps += reading.plan()
+        self.sent = self.marked = True
+        try:
+            answers = session.run(steps)
+        except Exception as error:
+            fault = log._fault(error)
+            if fault is Fault.VALUE:
+                self.sent = False
+                self.stepwise = True
+                log._rollback()
+                return self._attempt_again()
+            if fault not in (Fault.LOST, Fault.FENCED):
+                self.sent = False
+            raise
+        self.sent = False
+        log._seq += 1
+        log.durable_commits += 1
+        _, facts, number = answers[n_before - 1][0]
+        self._judge(Facts(facts), number)
+        for study_id in self.written.deleted:
+            reading.forget(study_id)
+        reading.take(answers[n_before:])
+        return self._finish(session, reading)
+
+    def _attempt_again(self) -> Reading:
+        session = self.log._connected()
+        self.written = Written()
+        self.outcomes = self._write(session)
+        return self._read(session)
+
+    def _finish(self, session: Session, reading: Reading) -> Reading:
+        """The rare second plan, and the ids that came with the images."""
+        for _ in range(2):
+            steps = reading.plan()
+            if not steps:
+                break
+            reading.take(session.run(steps))
+        self._name_created(reading)
+        return reading
+
+    # --- writing, statement by statement ---
+
+    def _write(self, session: Session) -> list[Outcome]:
+        durable = r.must_be_durable(self.records)
+        self.log._be_durable(session, durable)
+        session.run([self.dialect.begin_write])
+        outcomes: list[Outcome] = []
+        for segment in _segments(self.records):
+            self._write_segment(session, segment, outcomes)
+        last = [self.dialect.commit]
+        if self.log._has_mark:
+            text = msgspec.json.encode((outcomes, self.written)).decode()
+            args = {"session": self.log._session_id, "seq": self.log._seq + 1}
+            last.insert(0, self.dialect.step(s.mark_known, **args, facts=_KNOWN + text))
+        self.sent, self.marked = self.dialect.name != "sqlite", self.log._has_mark
+        try:
+            session.run(last)
+        except Exception as error:
+            self.sent = self.sent and self.log._fault(error) in (Fault.LOST, Fault.FENCED)
+            raise
+        self.sent = False
+        self.log._seq += 1
+        if durable:
+            self.log.durable_commits += 1
+        return outcomes
+
+    def _write_segment(
+        self, session: Session, records: list[Operation], outcomes: list[Outcome]
+    ) -> None:
+        d = self.dialect
+        touched = Touched(records)
+        judged = self._judged_params(records)
+        steps = [d.step(s.insert_study, name=name) for name in touched.names]
+        steps += self._locks(touched, {study_id for study_id, _ in judged})
+        steps.append(_facts_step(d, s.read_facts, touched, {}))
+        facts = Facts(session.run(steps)[-1][0][0], self._starts() if d.ids_reused else None)
+        for pair in judged:
+            row = session.run([d.step(s.first_param, study_id=pair[0], name=pair[1])])[0]
+            facts.first_params[pair] = row[0][0] if row else None
+        for record in records:
+            outcome = facts.judge(record)
+            if outcome is r.ACCEPTED:
+                try:
+                    outcome = self._write_one(session, record)
+                except Exception as error:
+                    if self.log._fault(error) is Fault.VALUE:
+                        raise ValueError(refusal(record, self.log._clean(error))) from error
+                    raise
+            outcomes.append(outcome)
+
+    def _write_one(self, session: Session, record: Operation) -> Outcome:
+        """Write an accepted operation whose locks are held."""
+        d = self.dialect
+        known = self._known_now(session, record) if d.ids_reused else self._known(record)
+        steps = writes(d, record, known)
+        if isinstance(record, r.CreateTrial):
+            steps.append(d.step(s.newest_trial, study_id=record.study_id, known=known))
+            trial_id, _ = session.run(steps)[-1][0]
+            self.written.trials.append(trial_id)
+            return Outcome(r.Verdict.ACCEPTED, trial_id)
+        if isinstance(record, r.CreateStudy):
+            steps.append(d.step(s.studies_selected, 0, 1, False, name_0=record.study_name))
+            study_id = next(row[0] for row in session.run(steps)[-1] if row[1] == s.NAME)
+            self.written.studies.append(study_id)
+            return Outcome(r.Verdict.ACCEPTED, study_id)
+        session.run(steps)
+        self._note(record)
+        return r.ACCEPTED
+
+    def _note(self, record: Operation) -> None:
+        """Remember what an accepted operation owes to the news."""
+        if isinstance(record, r.DeleteStudy):
+            self.written.deleted.append(record.study_id)
+        elif isinstance(record, r.SetTrialStateValues) and record.state == r.RUNNING:
+            self.written.trials.append(record.trial_id)
+
+    # --- what both ways of writing share ---
+
+    def _locks(self, touched: Touched, more_studies: set[int]) -> list[Step]:
+        d, steps = self.dialect, []
+        if d.name == "sqlite":
+            return []  # BEGIN IMMEDIATE holds everything.
+        studies = sorted({*touched.numbered, *more_studies})
+        for name, ids in ((s.lock_studies, studies), (s.lock_trials, touched.trials)):
+            if ids:
+                args: dict[str, Any] = {}
+                n = s.pad("id", ids, args)
+                steps.append(d.step(name, n, **args).unread())
+        return steps
+
+    def _judged_params(self, records: list[Operation]) -> list[tuple[int, str]]:
+        names = {x.param_name for x in records if isinstance(x, r.SetTrialParam)}
+        return sorted(pair for pair in self.wanted.params if pair[1] in names)
+
+    def _starts(self) -> dict[int, str]:
+        return {one: start for x in self.before.values() for one, start in x.held if start}
+
+    def _known_now(self, session: Session, record: Operation) -> int:
+        """As ``_known``, but 0 if that trial is gone, and with it the study that we followed."""
+        known = self._known(record)
+        if not known or not isinstance(record, r.CreateTrial):
+            return known
+        step = self.dialect.step(s.probe, trial_id=known, study_id=record.study_id)
+        if session.run([step])[0]:
+            return known
+        self.written.deleted.append(record.study_id)
+        return 0
+
+    def _known(self, record: Operation) -> int:
+        study = self.before.get(getattr(record, "study_id", -1))
+        return study.last_id if study else 0
+
+    # --- reading ---
+
+    def _read(self, session: Session) -> Reading:
+        d = self.dialect
+        reading = Reading(d, self.log._decoder, self.before, self.wanted, self.written)
+        if not self.wanted_anything():
+            return reading
+        if d.begin_read is not None:
+            session.run([d.begin_read])
+        try:
+            if d.ids_reused:
+                self._drop_other_incarnations(session, reading)
+            steps = reading.plan()
+            if steps:
+                reading.take(session.run(steps))
+            self._finish(session, reading)
+        finally:
+            if d.begin_read is not None:
+                session.run([d.commit])
+        return reading
+
+    def wanted_anything(self) -> bool:
+        w, wrote = self.wanted, self.written
+        return bool(
+            w.catalogue
+            or w.studies
+            or w.names
+            or w.trials_of
+            or w.waiting_of
+            or w.trials
+            or w.numbers
+            or w.params
+            or wrote.trials
+            or wrote.studies
+            or wrote.names
+            or wrote.created
+        )
+
+    def _drop_other_incarnations(self, session: Session, reading: Reading) -> None:
+        """SQLite gives the ids of a deleted study to the next one: compare one trial and the
+        name, and start again with a study that is another one."""
+        known = [(one, self.before[one]) for one in reading.polled() if one in self.before]
+        for study_id, study in known:
+            probe = study.probe
+            if probe is None:
+                continue
+            step = self.dialect.step(s.probe, trial_id=probe.trial_id, study_id=study_id)
+            rows = session.run([step])[0]
+            same = bool(rows) and rows[0][0] == probe.number
+            if same and probe.start:
+                same = rows[0][1] == probe.start
+            if not same:
+                reading.forget(study_id)
+
+
+# --- statements of a record ----------------------------------------------------------------------
+
+
+def _segments(records: list[Operation]) -> list[list[Operation]]:
+    """Runs of operations that can be judged by facts read once; a deletion changes them."""
+    runs: list[list[Operation]] = [[]]
+    for record in records:
+        if isinstance(record, r.DeleteStudy):
+            runs += [[record], []]
+        else:
+            runs[-1].append(record)
+    return [run for run in runs if run]
+
+
+def _facts_step(
+    d: Dialect, statement: Any, touched: Touched, args: dict[str, Any], *more: Any
+) -> Step:
+    shape = (
+        s.pad("trial", touched.trials, args),
+        s.pad("study", touched.studies, args),
+        s.pad("name", touched.names, args),
+    )
+    return d.step(statement, *shape, *more, **args)

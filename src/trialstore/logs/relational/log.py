@@ -1,0 +1,427 @@
+"""The tables log: connections, retries, and the catalogue; an exchange is in ``exchange.py``.
+
+Source: docs/formats/tables.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import contextlib
+import logging
+import os
+from pathlib import Path
+import random
+from typing import Any, Final, TypeVar
+import uuid
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+from sqlalchemy.pool import StaticPool
+
+from trialstore.clock import CLOCK, Clock
+from trialstore.errors import LogUnavailableError
+from trialstore.log import Batch, Cursor, Wanted
+from trialstore.logs.relational import statements as s, tables as t
+from trialstore.logs.relational.cursor import read_cursor
+from trialstore.logs.relational.dialects import (
+    Dialect,
+    Fault,
+    Rows,
+    Session,
+    Step,
+    dialect_type,
+    is_local,
+    record_time,
+)
+from trialstore.logs.relational.exchange import Exchange
+from trialstore.logs.relational.images import Decoder
+from trialstore.logs.relational.limits import check_values
+from trialstore.logs.relational.schema import Schema
+from trialstore.records import Operation
+
+_logger = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
+
+RETRY_DEADLINE_S: Final = 60.0
+_BACKOFF_FIRST_S: Final = 0.005
+_BACKOFF_MAX_S: Final = 1.0
+_OPENING_DEADLINE_S: Final = 30.0
+"""A wrong address or port shows when the storage is constructed; don't let a user wait long."""
+
+_TABLE_NAMES: Final = "SELECT name FROM sqlite_master WHERE type = 'table'"
+
+_inherited: list[Any] = []
+"""Connections opened by a parent process. Closing one, which collecting it would do, ends the
+parent's session (libpq says goodbye to the server, SQLite drops the parent's file locks)."""
+
+
+def fill_template(url: str) -> str:
+    """The URL with Optuna's one placeholder filled in; other braces are the user's own."""
+    return url.replace("{SCHEMA_VERSION}", str(t.SCHEMA_VERSION))
+
+
+class TablesLog:
+    """Records in the tables of Optuna, on SQLite, PostgreSQL, MySQL or MariaDB.
+
+    Args:
+        url: SQLAlchemy URL; the literal ``{SCHEMA_VERSION}`` in it becomes 12.
+        engine_kwargs: Passed to ``sqlalchemy.create_engine``.
+        skip_compatibility_check: Accept tables of another schema version.
+        skip_table_creation: Expect the tables to be there already.
+        durability: "full" survives power loss, "process" only the death of the process.
+        retry_deadline_s: How long an exchange tries again before it gives up.
+        clock: Replaced in tests.
+
+    Raises:
+        ImportError: The driver that the URL names is not installed.
+        IncompatibleSchemaError: The tables are of another schema version.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        engine_kwargs: dict[str, Any] | None = None,
+        *,
+        skip_compatibility_check: bool = False,
+        skip_table_creation: bool = False,
+        durability: str = "full",
+        retry_deadline_s: float = RETRY_DEADLINE_S,
+        clock: Clock = CLOCK,
+    ) -> None:
+        if durability not in ("full", "process"):
+            raise ValueError(f"durability must be 'full' or 'process', not {durability!r}.")
+        self.url = fill_template(url)
+        self.engine_kwargs = dict(engine_kwargs or {})
+        self.skip_compatibility_check = skip_compatibility_check
+        self.skip_table_creation = skip_table_creation
+        self.durability = durability
+        self.retry_deadline_s = retry_deadline_s
+        self.durable_commits = 0
+        """How many transactions were committed with a sync; for tests and ``info``."""
+        self._clock = clock
+        self._open()
+
+    def _open(self) -> None:
+        url = sa.make_url(self.url)
+        kind = dialect_type(url)
+        self.engine: Engine = _create_engine(url, kind, self.engine_kwargs)
+        self._dialect: Dialect = kind(self.engine)
+        self._decoder = Decoder()
+        self._session: Session | None = None
+        self._fairy: Any = None
+        self._pid = os.getpid()
+        self._session_id = uuid.uuid4().hex
+        self._seq = 0
+        self._has_mark = False
+        self._synchronous = ""
+        self.schema = Schema(self.engine, self._dialect.name)
+        self._prepared = False
+        self._persistently(self._connected, min(self.retry_deadline_s, _OPENING_DEADLINE_S))
+
+    def __repr__(self) -> str:
+        return f"TablesLog({self.engine.url.render_as_string(hide_password=True)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "url": self.url,
+            "engine_kwargs": self.engine_kwargs,
+            "skip_compatibility_check": self.skip_compatibility_check,
+            "skip_table_creation": self.skip_table_creation,
+            "durability": self.durability,
+            "retry_deadline_s": self.retry_deadline_s,
+            "contents": self._contents(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        contents = state.pop("contents")
+        self.__init__(state.pop("url"), state.pop("engine_kwargs"), **state)  # type: ignore[misc]
+        if contents is not None:
+            raw = self._connected().raw
+            for table in reversed(raw.execute(_TABLE_NAMES).fetchall()):
+                raw.execute(f'DROP TABLE "{table[0]}"')
+            raw.executescript(contents)
+
+    def _contents(self) -> str | None:
+        """A database in memory as a script, because it has no address; None for all others."""
+        if not _in_memory(self.engine.url):
+            return None
+        return "\n".join(self._connected().raw.iterdump())
+
+    # --- the log ---
+
+    def check(self, records: Sequence[Operation]) -> None:
+        """See ``Limited``."""
+        check_values(self._dialect, records)
+
+    def exchange(self, records: Sequence[Operation], cursor: Cursor, wanted: Wanted) -> Batch:
+        """Write ``records`` and read what ``wanted`` needs after ``cursor``; see ``Log``.
+
+        Raises:
+            ValueError: A column can't hold a value; nothing was written.
+            LogUnavailableError: Not reached within ``retry_deadline_s``; nothing was written.
+            OutcomeUnknownError: The answer to COMMIT was lost, and the mark can't be read.
+        """
+        studies = read_cursor(cursor)
+        if records:
+            check_values(self._dialect, records)
+        return Exchange(self, list(records), studies, wanted).run()
+
+    def close(self) -> None:
+        """Give back the connection; a later exchange opens one again."""
+        if self._pid != os.getpid():
+            self._leave_inherited()
+            return
+        if self._session is not None and self._has_mark:
+            with contextlib.suppress(Exception):
+                step = self._dialect.step(s.forget_session, session=self._session_id)
+                self._session.run([step])
+        self._has_mark = False
+        self._seq = 0
+        if _in_memory(self.engine.url):
+            return  # the connection is the database
+        self._disconnect()
+        self.engine.dispose()
+
+    # --- the catalogue: answers by SQL, without loading trials ---
+
+    def _ask(self, *steps: Step) -> list[Rows]:
+        return self._persistently(lambda: self._connected().run(steps))
+
+    def counts(self, study_id: int) -> dict[int, int]:
+        """State to number of trials; empty for a study that does not exist."""
+        rows = self._ask(self._dialect.step(s.counts, study_id=study_id))[0]
+        return {t.STATES.index(state): n for state, n in rows if state in t.STATES}
+
+    def best_trial_id(self, study_id: int, maximize: bool) -> int | None:
+        """Id of the COMPLETE trial with the best first value, of equals the oldest."""
+        rows = self._ask(self._dialect.step(s.best_trial, maximize, study_id=study_id))[0]
+        return rows[0][0] if rows else None
+
+    def summaries(self) -> dict[int, tuple[dict[int, int], str | None]]:
+        """Study id to its counts by state and the start of its first trial, for every study that
+        has trials."""
+        found: dict[int, tuple[dict[int, int], str | None]] = {}
+        for study_id, state, n, start in self._ask(self._dialect.step(s.summaries))[0]:
+            states, first = found.get(study_id, ({}, None))
+            if state in t.STATES:
+                states[t.STATES.index(state)] = n
+            time = record_time(start)
+            found[study_id] = (states, min(filter(None, (first, time)), default=None))
+        return found
+
+    # --- schema versions ---
+
+    def get_current_version(self) -> str:
+        """The version of the tables as they are."""
+        return self.schema.get_current_version()
+
+    def get_head_version(self) -> str:
+        """The version that this trialstore works on."""
+        return self.schema.get_head_version()
+
+    def get_all_versions(self) -> list[str]:
+        """All versions that there ever were, newest first."""
+        return self.schema.get_all_versions()
+
+    # --- connections ---
+
+    def _leave_inherited(self) -> None:
+        memory = self._dialect.name == "sqlite" and _in_memory(self.engine.url)
+        self._pid = os.getpid()
+        if memory:
+            return  # The child's copy of the contents; there is no file to share.
+        _inherited.append((self._session, self._fairy, self.engine))
+        self.engine.dispose(close=False)
+        url = sa.make_url(self.url)
+        self.engine = _create_engine(url, dialect_type(url), self.engine_kwargs)
+        self.schema = Schema(self.engine, self._dialect.name)
+        self._session = self._fairy = None
+        self._session_id = uuid.uuid4().hex
+        self._seq = 0
+        self._has_mark = False
+
+    def _disconnect(self) -> None:
+        fairy, self._fairy, self._session = self._fairy, None, None
+        if fairy is not None:
+            with contextlib.suppress(Exception):
+                _end(fairy, memory=_in_memory(self.engine.url))
+
+    def _connected(self) -> Session:
+        """The session of this process; connects, and on first use creates and checks tables."""
+        if self._pid != os.getpid():
+            self._leave_inherited()
+        if self._session is None:
+            self._connect()
+        assert self._session is not None
+        return self._session
+
+    def _connect(self) -> None:
+        fresh = self._dialect.name == "sqlite" and _wants_wal(self.engine.url)
+        fairy = self.engine.raw_connection()
+        raw: Any = fairy.driver_connection
+        try:
+            self._dialect.prepare(raw)
+            session = self._dialect.session_type(raw, self._dialect)
+            if self._dialect.name == "sqlite":
+                self._synchronous = ""
+                if fresh:
+                    raw.execute("PRAGMA journal_mode=WAL").fetchall()
+            if not self._prepared:
+                self.schema.prepare(
+                    session,
+                    create=not self.skip_table_creation,
+                    check=not self.skip_compatibility_check,
+                )
+                self._prepared = True
+            if self._dialect.keeps_marks and not self._has_mark:
+                self._has_mark = self.schema.open_mark(
+                    session, self._dialect, self._session_id, not self.skip_table_creation
+                )
+                self._seq = 0 if self._has_mark else self._seq
+        except BaseException:
+            with contextlib.suppress(Exception):
+                _end(fairy, memory=_in_memory(self.engine.url))
+            raise
+        self._fairy, self._session = fairy, session
+
+    def _renew_session(self) -> None:
+        """Be another session from now on, whose mark no earlier exchange can touch."""
+        self._disconnect()
+        self._session_id = uuid.uuid4().hex
+        self._seq = 0
+        self._has_mark = False
+
+    def _persistently(
+        self, attempt: Callable[[], _Answer], deadline_s: float | None = None
+    ) -> _Answer:
+        """Try again while the database rolls back or is away, until the deadline.
+
+        Raises:
+            LogUnavailableError: With the driver's error as its cause.
+        """
+        deadline_s = self.retry_deadline_s if deadline_s is None else deadline_s
+        give_up_at = self._clock.now_s() + deadline_s
+        backoff_s = _BACKOFF_FIRST_S
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                driver_error = driver_error_of(error)
+                fault = self._fault(driver_error)
+                if fault in (Fault.LOST, Fault.FENCED):
+                    self._disconnect()
+                elif fault in (Fault.AGAIN, Fault.EXISTS):
+                    self._rollback()
+                else:
+                    self._rollback()
+                    if self._is_drivers(driver_error):
+                        raise self.unavailable(driver_error) from driver_error
+                    raise
+                if self._clock.now_s() + backoff_s > give_up_at:
+                    raise self.unavailable(driver_error) from driver_error
+            # Jitter, or those who collided meet again.
+            self._clock.sleep(backoff_s * (0.5 + random.random()))
+            backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
+
+    @staticmethod
+    def _is_drivers(error: BaseException) -> bool:
+        module = type(error).__module__.split(".")[0]
+        return module in ("sqlite3", "psycopg", "psycopg2", "pymysql", "MySQLdb")
+
+    def _fault(self, error: BaseException) -> Fault:
+        if self._is_drivers(error) or isinstance(error, OSError):
+            return self._dialect.fault(error)
+        return Fault.OTHER
+
+    def _rollback(self) -> None:
+        if self._session is not None:
+            try:
+                self._session.rollback()
+            except Exception as error:
+                # SQLite says so if there is no transaction, which is what we want.
+                if "no transaction" not in str(error):
+                    self._disconnect()
+
+    def unavailable(self, error: BaseException) -> LogUnavailableError:
+        """The error for a database that was not reached, naming the cause but no password."""
+        return LogUnavailableError(
+            f"{self!r} could not be used, nothing was stored; the call may be made "
+            f"again. Cause: {type(error).__name__}: {self._clean(error)}"
+        )
+
+    def _clean(self, error: BaseException) -> str:
+        text = " ".join(str(error).split())
+        password = self.engine.url.password
+        return text.replace(str(password), "***") if password else text
+
+    def _be_durable(self, session: Session, durable: bool) -> None:
+        """SQLite syncs by connection, and can't be told within a transaction."""
+        if self._dialect.name != "sqlite":
+            return
+        level = "FULL" if durable and self.durability == "full" else "NORMAL"
+        if self._synchronous != level:
+            session.raw.execute(f"PRAGMA synchronous={level}")
+            self._synchronous = level
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+def driver_error_of(error: BaseException) -> BaseException:
+    """What the driver said, below what SQLAlchemy made of it."""
+    original = getattr(error, "orig", None)
+    return original if isinstance(original, BaseException) else error
+
+
+def _end(fairy: Any, *, memory: bool) -> None:
+    """Close a connection, which may be broken; the pool would log that as an error."""
+    if memory:
+        fairy.close()  # The one connection of the pool holds the contents.
+        return
+    raw = fairy.driver_connection
+    fairy.detach()
+    raw.close()
+
+
+def _in_memory(url: sa.URL) -> bool:
+    if url.get_backend_name() != "sqlite":
+        return False
+    name = url.database or ":memory:"
+    return (
+        name == ":memory:"
+        or "mode=memory" in f"{name}{url.query.get('mode', '')}"
+        or (url.query.get("mode") == "memory")
+    )
+
+
+def _wants_wal(url: sa.URL) -> bool:
+    """Whether this is a local file that does not hold a database yet."""
+    if _in_memory(url) or (url.database or "").startswith("file:"):
+        return False
+    path = Path(url.database or "").absolute()
+    try:
+        empty = path.stat().st_size == 0
+    except OSError:
+        empty = True
+    return empty and is_local(path)
+
+
+def _create_engine(url: sa.URL, kind: type[Dialect], engine_kwargs: dict[str, Any]) -> Engine:
+    try:
+        dialect = object.__new__(kind)
+        options = dialect.engine_options(url, engine_kwargs)
+        if _in_memory(url) and not {"poolclass", "creator", "pool"} & set(options):
+            # One connection for all threads; each would see a database of its own otherwise.
+            for sizing in ("pool_size", "max_overflow", "pool_timeout", "pool_recycle"):
+                options.pop(sizing, None)
+            options["poolclass"] = StaticPool
+        return sa.create_engine(url, **options)
+    except ImportError as error:
+        raise ImportError(
+            "Failed to import DB access module for the specified storage URL. "
+            f"Please install appropriate one: {error.name or error}."
+        ) from error
+
+
+__all__ = ["TablesLog"]

@@ -1,0 +1,217 @@
+"""The tables' creation and version: made race-free, checked, upgraded.
+
+Source: docs/formats/tables.md, "Versions".
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import optuna
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from trialstore.errors import IncompatibleSchemaError
+from trialstore.logs.relational import statements as s, tables as t
+from trialstore.logs.relational.dialects import Dialect, Fault, Session
+
+_logger = logging.getLogger(__name__)
+
+VERSIONS: Final = (
+    "v0.9.0.a",
+    "v1.2.0.a",
+    "v1.3.0.a",
+    "v2.4.0.a",
+    "v2.6.0.a",
+    "v3.0.0.a",
+    "v3.0.0.b",
+    "v3.0.0.c",
+    "v3.0.0.d",
+    "v3.2.0.a",
+)
+"""Every version that Optuna's tables ever had, oldest first."""
+
+_LOCK_NAME: Final = "trialstore-schema"
+_LOCK_NUMBER: Final = 0x7472_6961_6C73_746F  # "trialsto"
+_LOCK_WAIT_S: Final = 60
+
+
+class Schema:
+    """The version of the tables behind an engine."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine = engine
+        self._name = name
+
+    # --- opening ---
+
+    def prepare(self, session: Session, *, create: bool, check: bool) -> None:
+        """Create what is missing and check the version, on a fresh connection.
+
+        Raises:
+            IncompatibleSchemaError: The tables are of another version.
+        """
+        version = self._version(session)
+        if version is None and create:
+            if self._name == "sqlite":
+                self._create_on_sqlite(session)
+            else:
+                self._create_on_server()
+            version = self._version(session)
+        if check and version != t.HEAD_VERSION:
+            raise IncompatibleSchemaError(self._advice(version))
+
+    def _version(self, session: Session) -> str | None:
+        cursor = session.raw.cursor()
+        try:
+            cursor.execute("SELECT version_num FROM alembic_version")
+            row = cursor.fetchone()
+        except Exception as error:
+            if session.dialect.fault(error) is not Fault.NO_TABLE:
+                raise
+            return None
+        return None if row is None else str(row[0])
+
+    def _advice(self, version: str | None) -> str:
+        url = self._engine.url.render_as_string(hide_password=True)
+        if version is None:
+            return f"{url} holds no tables of Optuna; leave out skip_table_creation to make them."
+        if version in VERSIONS:
+            return (
+                f"The tables of {url} are of version {version}, this trialstore works on "
+                f"{t.HEAD_VERSION}. Make a backup, stop all workers, and run "
+                "`trialstore upgrade URL` or `optuna storage upgrade --storage URL`."
+            )
+        return (
+            f"The tables of {url} are of version {version}, which is newer than what this "
+            f"trialstore knows ({t.HEAD_VERSION}). Run `pip install -U trialstore`."
+        )
+
+    # --- creation ---
+
+    def _create_on_sqlite(self, session: Session) -> None:
+        """All tables in one transaction: another process finds all or nothing."""
+        raw = session.raw
+        dialect: Any = self._engine.dialect
+        run = raw.cursor().execute
+        run("BEGIN IMMEDIATE")
+        try:
+            made = {row[0] for row in raw.execute("SELECT name FROM sqlite_master")}
+            for table in t.OPTUNA_TABLES:
+                if table.name in made:
+                    continue
+                run(str(CreateTable(table).compile(dialect=dialect)))
+                for index in table.indexes:
+                    run(str(CreateIndex(index).compile(dialect=dialect)))
+            if raw.execute("SELECT count(*) FROM alembic_version").fetchone()[0] == 0:
+                known = raw.execute("SELECT schema_version FROM version_info").fetchone()
+                version = self._initial_version(known[0] if known else None)
+                run("INSERT INTO alembic_version (version_num) VALUES (?)", (version,))
+                if known is None:
+                    run(
+                        "INSERT INTO version_info VALUES (1, ?, ?)",
+                        (t.SCHEMA_VERSION, optuna.__version__),
+                    )
+            run("COMMIT")
+        except BaseException:
+            run("ROLLBACK")
+            raise
+
+    @staticmethod
+    def _initial_version(schema_version: int | None) -> str:
+        """Tables from before Alembic have a ``version_info`` row of an older number."""
+        return VERSIONS[0] if schema_version not in (None, t.SCHEMA_VERSION) else t.HEAD_VERSION
+
+    def _create_on_server(self) -> None:
+        """Under a lock of the server's that creators share, because IF NOT EXISTS is no
+        protection: two sessions may both find nothing and collide in the catalogue."""
+        with self._engine.connect() as connection:
+            self._lock(connection)
+            try:
+                t.metadata.create_all(connection)
+                if (
+                    connection.scalar(sa.select(sa.func.count()).select_from(t.alembic_version))
+                    == 0
+                ):
+                    known = connection.scalar(sa.select(t.version_info.c.schema_version))
+                    version = self._initial_version(known)
+                    connection.execute(sa.insert(t.alembic_version).values(version_num=version))
+                    if known is None:
+                        row = {"version_info_id": 1, "schema_version": t.SCHEMA_VERSION}
+                        connection.execute(
+                            sa.insert(t.version_info).values(
+                                **row, library_version=optuna.__version__
+                            )
+                        )
+                t.sessions.create(connection, checkfirst=True)
+                connection.commit()
+            finally:
+                self._unlock(connection)
+
+    def _lock(self, connection: Connection) -> None:
+        if self._name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_lock(_LOCK_NUMBER)))
+        else:
+            connection.execute(sa.select(sa.func.get_lock(_LOCK_NAME, _LOCK_WAIT_S)))
+
+    def _unlock(self, connection: Connection) -> None:
+        if connection.in_transaction():
+            connection.rollback()
+        if self._name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_unlock(_LOCK_NUMBER)))
+        else:
+            connection.execute(sa.select(sa.func.release_lock(_LOCK_NAME)))
+        connection.commit()
+
+    def open_mark(self, session: Session, dialect: Dialect, session_id: str, create: bool) -> bool:
+        """Put the session's row into our own table; False where there is none and may be none."""
+        insert = dialect.step(s.insert_session, session=session_id, seq=0)
+        try:
+            session.run([insert])
+            return True
+        except Exception as error:
+            if dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
+                raise
+            if dialect.fault(error) is Fault.DENIED or not create:
+                return self._without_mark()
+        try:
+            with self._engine.connect() as connection:
+                self._lock(connection)
+                try:
+                    t.sessions.create(connection, checkfirst=True)
+                    connection.commit()
+                finally:
+                    self._unlock(connection)
+        except sa.exc.DBAPIError as error:
+            if error.orig is None or dialect.fault(error.orig) is not Fault.DENIED:
+                raise
+            return self._without_mark()
+        session.run([insert])
+        return True
+
+    def _without_mark(self) -> bool:
+        _logger.warning(
+            "There is no table %s in %s and it may not be created: if the connection breaks "
+            "during a COMMIT, the outcome of that call can't be told.",
+            t.sessions.name,
+            self._engine.url.render_as_string(hide_password=True),
+        )
+        return False
+
+    # --- versions ---
+
+    def get_current_version(self) -> str:
+        """The version of the tables as they are."""
+        with self._engine.connect() as connection:
+            version = connection.execute(sa.select(t.alembic_version.c.version_num)).scalar()
+        return str(version)
+
+    def get_head_version(self) -> str:
+        """The version that this trialstore works on."""
+        return t.HEAD_VERSION
+
+    def get_all_versions(self) -> list[str]:
+        """All versions, newest first."""
+        return list(reversed(VERSIONS))

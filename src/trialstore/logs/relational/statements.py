@@ -1,0 +1,655 @@
+"""Every statement of the tables log, named; written in Core, compiled once per dialect and shape.
+
+A function takes the dialect and the *shape* (how many ids, how many studies) and returns the
+statement; ``Dialect.compiled`` keeps the text. Numbers of ids are rounded up (``padded``) so that
+few shapes exist and the database's own statement caches hit.
+
+Writes are conditional, so that they never fail and never change a finished trial, whatever was
+decided from facts read before: the condition and the verdict come from the same locked row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+import sqlalchemy as sa
+
+from trialstore.logs.relational import tables as t
+from trialstore.logs.relational.dialects import Dialect
+
+Item = TypeVar("Item")
+
+_SIZES: Final = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384)
+IDS_MAX: Final = _SIZES[-1]
+
+# Kinds of rows in the answer of `trials_selected`.
+TRIAL, PARAM, USER_ATTR, SYSTEM_ATTR, VALUE, INTERMEDIATE = range(6)
+# Kinds of rows in the answer of `studies_selected`.
+NAME, DIRECTION = 0, 1
+
+# The types of Core follow every column, which is more than a type checker bears here.
+_select: Any = sa.select
+_insert: Any = sa.insert
+_update: Any = sa.update
+_delete: Any = sa.delete
+_union_all: Any = sa.union_all
+_union: Any = sa.union
+
+_WAITING: Any = sa.literal_column("'WAITING'")
+_RUNNING: Any = sa.literal_column("'RUNNING'")
+_ZERO: Any = sa.literal_column("0")
+_ONE: Any = sa.literal_column("1")
+_UNFINISHED: Final = ("RUNNING", "WAITING")
+
+
+def padded(n: int) -> int:
+    """The next size for which statements are compiled."""
+    return next(size for size in _SIZES if size >= n)
+
+
+def pad(name: str, items: Sequence[Item], args: dict[str, Any]) -> int:
+    """Put ``items`` into ``args`` under ``name_0`` …, the last repeated up to the padded size."""
+    size = padded(len(items))
+    last = len(items) - 1
+    for i in range(size):
+        args[f"{name}_{i}"] = items[min(i, last)]
+    return size
+
+
+def _params(name: str, n: int) -> list[Any]:
+    return [_p(f"{name}_{i}") for i in range(n)]
+
+
+def _p(name: str) -> Any:
+    # The prefix, because Core keeps the names of columns for itself; `compiled` takes it off.
+    return sa.bindparam(f"p_{name}", type_=sa.types.NullType())
+
+
+# --- locks and facts -----------------------------------------------------------------------------
+
+
+def lock_studies(d: Dialect, n: int) -> Any:
+    """Hold the studies' rows until the commit; in order of id, so that two can't deadlock."""
+    query = _select(t.studies.c.study_id).where(t.studies.c.study_id.in_(_params("id", n)))
+    return query.order_by(t.studies.c.study_id).with_for_update()
+
+
+def lock_trials(d: Dialect, n: int) -> Any:
+    """Hold the trials' rows until the commit, in order of id."""
+    query = _select(t.trials.c.trial_id).where(t.trials.c.trial_id.in_(_params("id", n)))
+    return query.order_by(t.trials.c.trial_id).with_for_update()
+
+
+def _greatest_number(study_id: Any, known: Any) -> Any:
+    """Number of the newest trial, -1 without one.
+
+    Only in a statement that runs *after* the one that locks the study: merged with the lock, READ
+    COMMITTED counts by a snapshot older than the lock and hands out numbers twice.
+    """
+    a, b = t.trials.alias(), t.trials.alias()
+    newest = (
+        _select(sa.func.max(a.c.trial_id))
+        .where(a.c.study_id == study_id, a.c.trial_id >= known)
+        .scalar_subquery()
+    )
+    number = _select(sa.func.max(b.c.number)).where(
+        b.c.study_id == study_id, b.c.trial_id >= newest
+    )
+    return sa.func.coalesce(number.scalar_subquery(), sa.literal_column("-1"))
+
+
+def facts(d: Dialect, trials: int, studies: int, names: int) -> Any:
+    """What decides the verdicts, as one text: ``trials;studies;new studies``."""
+    parts: list[Any] = []
+    if trials:
+        c = t.trials.c
+        row = d.join_text(c.trial_id, c.study_id, c.state, c.datetime_start)
+        parts.append(
+            _select(d.aggregate(row))
+            .where(c.trial_id.in_(_params("trial", trials)))
+            .scalar_subquery()
+        )
+    else:
+        parts.append(sa.literal_column("''"))
+    if studies:
+        ids = t.studies.c.study_id
+        parts.append(
+            _select(d.aggregate(d.join_text(ids)))
+            .where(ids.in_(_params("study", studies)))
+            .scalar_subquery()
+        )
+    else:
+        parts.append(sa.literal_column("''"))
+    if names:
+        # A study without directions in our own transaction is one that we have just inserted:
+        # everybody writes a study and its directions in one transaction.
+        bare = ~sa.exists().where(t.study_directions.c.study_id == t.studies.c.study_id)
+        parts.append(
+            _select(d.aggregate(d.join_text(t.studies.c.study_id)))
+            .where(t.studies.c.study_name.in_(_params("name", names)), bare)
+            .scalar_subquery()
+        )
+    else:
+        parts.append(sa.literal_column("''"))
+    return d.concat(*parts)
+
+
+def read_facts(d: Dialect, trials: int, studies: int, names: int) -> Any:
+    """The facts, where an exchange goes statement by statement."""
+    return _select(facts(d, trials, studies, names))
+
+
+def mark(d: Dialect, trials: int, studies: int, names: int, numbered: bool) -> Any:
+    """Claim the session's next sequence number and keep the facts; fails if it is taken.
+
+    The failure is meant: a transaction whose answer was given up for lost, and which the server
+    runs after all once we have tried again, divides by zero here and takes back everything.
+    """
+    c = t.sessions.c
+    fence = sa.case((c.seq == _p("seq") - _ONE, _ONE), else_=_ZERO)
+    found = _greatest_number(_p("numbered_study"), _p("known")) if numbered else sa.null()
+    return (
+        _update(t.sessions)
+        .where(c.session_id == _p("session"))
+        .values(
+            seq=d.divide(_p("seq"), fence),
+            number=found,
+            facts=facts(d, trials, studies, names),
+            updated_at=sa.func.now(),
+        )
+    )
+
+
+def mark_known(d: Dialect) -> Any:
+    """Like ``mark``, with outcomes known already, where we went statement by statement."""
+    c = t.sessions.c
+    fence = sa.case((c.seq == _p("seq") - _ONE, _ONE), else_=_ZERO)
+    return (
+        _update(t.sessions)
+        .where(c.session_id == _p("session"))
+        .values(seq=d.divide(_p("seq"), fence), facts=_p("facts"), updated_at=sa.func.now())
+    )
+
+
+def read_mark(d: Dialect) -> Any:
+    c = t.sessions.c
+    return _select(c.seq, c.facts, c.number).where(c.session_id == _p("session"))
+
+
+def await_mark(d: Dialect) -> Any:
+    """The mark, once no transaction of ours is still under way in the server."""
+    return read_mark(d).with_for_update()
+
+
+def insert_session(d: Dialect) -> Any:
+    row = {"session_id": _p("session"), "seq": _p("seq")}
+    return d.or_ignore(t.sessions, row, t.sessions.c.session_id)
+
+
+def forget_session(d: Dialect) -> Any:
+    return _delete(t.sessions).where(t.sessions.c.session_id == _p("session"))
+
+
+# --- writes --------------------------------------------------------------------------------------
+
+
+def insert_study(d: Dialect) -> Any:
+    return d.or_ignore(t.studies, {"study_name": _p("name")}, t.studies.c.study_name)
+
+
+def insert_directions(d: Dialect, n: int) -> Any:
+    """Directions of a study that has none yet, which only one just inserted by us has not."""
+    source = t.studies
+    have = t.study_directions.alias()
+    bare = ~sa.exists().where(have.c.study_id == source.c.study_id)
+    rows: list[Any] = [
+        _select(
+            d.enum_arg(_p(f"direction_{i}"), t.direction_type),
+            source.c.study_id,
+            sa.literal_column(str(i)),
+        ).where(source.c.study_name == _p("name"), bare)
+        for i in range(n)
+    ]
+    query = _union_all(*rows) if n > 1 else rows[0]
+    return _insert(t.study_directions).from_select(["direction", "study_id", "objective"], query)
+
+
+def _set_study_attr(d: Dialect, table: sa.Table) -> Any:
+    source = _select(t.studies.c.study_id, d.text_arg(_p("key")), d.text_arg(_p("value"))).where(
+        t.studies.c.study_id == _p("study_id")
+    )
+    return d.upsert(table, ["study_id", "key", "value_json"], source, 2)
+
+
+def set_study_user_attr(d: Dialect) -> Any:
+    return _set_study_attr(d, t.study_user_attributes)
+
+
+def set_study_system_attr(d: Dialect) -> Any:
+    return _set_study_attr(d, t.study_system_attributes)
+
+
+def insert_trial(d: Dialect) -> Any:
+    """The next trial of a study whose row is locked."""
+    s = t.studies
+    number = _greatest_number(_p("study_id"), _p("known")) + _ONE
+    source = _select(
+        number,
+        s.c.study_id,
+        d.enum_arg(_p("state"), t.state_type),
+        d.time_arg(_p("start")),
+        d.time_arg(_p("complete")),
+    ).where(s.c.study_id == _p("study_id"))
+    return _insert(t.trials).from_select(
+        ["number", "study_id", "state", "datetime_start", "datetime_complete"], source
+    )
+
+
+def newest_trial(d: Dialect) -> Any:
+    """Id and number of the trial just inserted into a locked study."""
+    c = t.trials.c
+    newest = _select(sa.func.max(c.trial_id)).where(
+        c.study_id == _p("study_id"), c.trial_id >= _p("known")
+    )
+    other = t.trials.alias()
+    return _select(other.c.trial_id, other.c.number).where(
+        other.c.trial_id == newest.scalar_subquery()
+    )
+
+
+def _owner(columns: Sequence[Any], of: str, states: Sequence[str] = _UNFINISHED) -> Any:
+    """A row of ``columns`` for a trial: by id and in ``states``, or the newest of a study."""
+    c = t.trials.c
+    if of == "newest":
+        newest = _select(sa.func.max(c.trial_id).label("trial_id")).where(
+            c.study_id == _p("study_id"), c.trial_id >= _p("known")
+        )
+        made = newest.subquery()
+        return _select(made.c.trial_id, *columns).where(made.c.trial_id.is_not(None))
+    texts: list[Any] = [sa.literal_column(f"'{state}'") for state in states]
+    return _select(c.trial_id, *columns).where(c.trial_id == _p("trial_id"), c.state.in_(texts))
+
+
+def set_param(d: Dialect, of: str = "id") -> Any:
+    columns = [d.text_arg(_p("name")), d.float_arg(_p("value")), d.text_arg(_p("distribution"))]
+    names = ["trial_id", "param_name", "param_value", "distribution_json"]
+    return d.upsert(t.trial_params, names, _owner(columns, of), 2)
+
+
+def _set_trial_attr(d: Dialect, table: sa.Table, of: str) -> Any:
+    columns = [d.text_arg(_p("key")), d.text_arg(_p("value"))]
+    return d.upsert(table, ["trial_id", "key", "value_json"], _owner(columns, of), 2)
+
+
+def set_trial_user_attr(d: Dialect, of: str = "id") -> Any:
+    return _set_trial_attr(d, t.trial_user_attributes, of)
+
+
+def set_trial_system_attr(d: Dialect, of: str = "id") -> Any:
+    return _set_trial_attr(d, t.trial_system_attributes, of)
+
+
+def set_value(d: Dialect, of: str = "id") -> Any:
+    """One objective's value; of a trial still WAITING where ``of`` is "claim"."""
+    columns = [
+        d.int_arg(_p("objective")),
+        d.float_arg(_p("value")),
+        d.enum_arg(_p("type"), t.value_type),
+    ]
+    names = ["trial_id", "objective", "value", "value_type"]
+    states = ("WAITING",) if of == "claim" else _UNFINISHED
+    return d.upsert(t.trial_values, names, _owner(columns, of, states), 2)
+
+
+def set_intermediate_value(d: Dialect, of: str = "id") -> Any:
+    columns = [
+        d.int_arg(_p("step")),
+        d.float_arg(_p("value")),
+        d.enum_arg(_p("type"), t.intermediate_type),
+    ]
+    names = ["trial_id", "step", "intermediate_value", "intermediate_value_type"]
+    return d.upsert(t.trial_intermediate_values, names, _owner(columns, of), 2)
+
+
+def claim_trial(d: Dialect) -> Any:
+    """WAITING to RUNNING; nobody else's claim can lie between the lock and this."""
+    c = t.trials.c
+    return (
+        _update(t.trials)
+        .where(c.trial_id == _p("trial_id"), c.state == _WAITING)
+        .values(state=_RUNNING, datetime_start=_p("start"))
+    )
+
+
+def finish_trial(d: Dialect) -> Any:
+    c = t.trials.c
+    states = [_RUNNING, _WAITING]
+    return (
+        _update(t.trials)
+        .where(c.trial_id == _p("trial_id"), c.state.in_(states))
+        .values(state=_p("state"), datetime_complete=_p("complete"))
+    )
+
+
+def requeue_trial(d: Dialect) -> Any:
+    c = t.trials.c
+    return (
+        _update(t.trials)
+        .where(c.trial_id == _p("trial_id"), c.state.in_([_RUNNING, _WAITING]))
+        .values(state=_WAITING)
+    )
+
+
+def delete_children(d: Dialect, table: sa.Table) -> Any:
+    """Rows that belong to the trials of a study."""
+    theirs = _select(t.trials.c.trial_id).where(t.trials.c.study_id == _p("study_id"))
+    return _delete(table).where(table.c.trial_id.in_(theirs))
+
+
+def delete_of_study(d: Dialect, table: sa.Table) -> Any:
+    return _delete(table).where(table.c.study_id == _p("study_id"))
+
+
+# --- reads ---------------------------------------------------------------------------------------
+
+
+def first_param(d: Dialect) -> Any:
+    """The distribution of a parameter in the oldest trial of a study that has it."""
+    c, p = t.trials.c, t.trial_params.c
+    return (
+        _select(p.distribution_json)
+        .select_from(t.trials.join(t.trial_params, p.trial_id == c.trial_id))
+        .where(c.study_id == _p("study_id"), d.same_text(p.param_name, _p("name")))
+        .order_by(c.trial_id)
+        .limit(_ONE)
+        .offset(_ZERO)
+    )
+
+
+def studies_selected(d: Dialect, ids: int, names: int, everything: bool) -> Any:
+    """Rows (study id, kind, row id, key, value): names, directions and attributes of studies."""
+    kinds: list[tuple[Any, str, Any, Any]] = [
+        (t.studies, "study_id", t.studies.c.study_name, None),
+        (
+            t.study_directions,
+            "objective",
+            d.as_text(t.study_directions.c.direction),
+            None,
+        ),
+    ]
+    for table in (t.study_user_attributes, t.study_system_attributes):
+        kinds.append((table, f"{table.name[:-1]}_id", table.c.key, table.c.value_json))
+    branches: list[Any] = []
+    for kind, (table, row_id, key, value) in enumerate(kinds):
+        branch = _select(
+            table.c.study_id,
+            sa.literal_column(str(kind)).label("kind"),
+            table.c[row_id].label("row_id"),
+            key.label("key"),
+            (sa.null() if value is None else value).label("value"),
+        )
+        if not everything:
+            conditions = []
+            if ids:
+                conditions.append(table.c.study_id.in_(_params("study", ids)))
+            if names:
+                named = t.studies.alias()
+                found = _select(named.c.study_id).where(
+                    named.c.study_name.in_(_params("name", names))
+                )
+                conditions.append(table.c.study_id.in_(found))
+            branch = branch.where(sa.or_(*conditions))
+        branches.append(branch)
+    return _union_all(*branches)
+
+
+class Selection(NamedTuple):
+    """How many of each kind of condition select trials; see ``trials_selected``."""
+
+    ids: int = 0
+    """Trials by id."""
+    above: int = 0
+    """All trials of a study above an id."""
+    left: int = 0
+    """Those of a range of ids in a study that are not WAITING any more."""
+    queued: int = 0
+    """The WAITING ones of a study above an id."""
+    turned: int = 0
+    """Trials by id that have become WAITING."""
+    numbers: int = 0
+    """A trial by study and number."""
+    created: int = 0
+    """The trials that the session's last exchange created in a study."""
+
+
+def _selected(d: Dialect, n: Selection) -> Any:
+    c = t.trials.c
+    branches: list[Any] = []
+    if n.ids:
+        branches.append(_select(c.trial_id).where(c.trial_id.in_(_params("id", n.ids))))
+    for i in range(n.above):
+        branches.append(
+            _select(c.trial_id).where(
+                c.study_id == _p(f"above_study_{i}"), c.trial_id > _p(f"above_{i}")
+            )
+        )
+    for i in range(n.left):
+        between = c.trial_id.between(_p(f"left_from_{i}"), _p(f"left_to_{i}"))
+        branches.append(
+            _select(c.trial_id).where(
+                c.study_id == _p(f"left_study_{i}"), between, c.state != _WAITING
+            )
+        )
+    for i in range(n.queued):
+        branches.append(
+            _select(c.trial_id).where(
+                c.study_id == _p(f"queued_study_{i}"),
+                c.trial_id > _p(f"queued_{i}"),
+                c.state == _WAITING,
+            )
+        )
+    if n.turned:
+        branches.append(
+            _select(c.trial_id).where(
+                c.trial_id.in_(_params("turned", n.turned)), c.state == _WAITING
+            )
+        )
+    for i in range(n.numbers):
+        # An id is greater than its trial's number: ids count from 1 and over all studies.
+        branches.append(
+            _select(c.trial_id).where(
+                c.study_id == _p(f"number_study_{i}"),
+                c.number == _p(f"number_{i}"),
+                c.trial_id > _p(f"number_{i}"),
+            )
+        )
+    for i in range(n.created):
+        s = t.sessions.c
+        branches.append(
+            _select(c.trial_id).where(
+                s.session_id == _p("session"),
+                c.study_id == _p(f"created_study_{i}"),
+                c.trial_id >= _p(f"created_known_{i}"),
+                c.number > s.number,
+                c.number <= s.number + _p(f"created_count_{i}"),
+            )
+        )
+    return branches
+
+
+def trials_selected(d: Dialect, n: Selection) -> Any:
+    """Whole trials, as rows (kind, trial id, row id, name, number, text, text).
+
+    A trial's own row is (TRIAL, id, number, start, study id, state, completion). One statement,
+    because a statement is a snapshot: a trial's row and its children read one after the other
+    may belong to different moments.
+    """
+    branches = _selected(d, n)
+    chosen: Any
+    if len(branches) == 1 and n.ids == 0 and n.above == 1:
+        chosen = None
+    else:
+        chosen = (_union(*branches) if len(branches) > 1 else branches[0]).cte("chosen")
+
+    def of(table: Any, *columns: Any) -> Any:
+        query = _select(*columns)
+        c = t.trials.c
+        if chosen is not None:
+            return query.select_from(chosen.join(table, table.c.trial_id == chosen.c.trial_id))
+        condition = (c.study_id == _p("above_study_0"), c.trial_id > _p("above_0"))
+        if table is t.trials:
+            return query.where(*condition)
+        return query.select_from(table.join(t.trials, c.trial_id == table.c.trial_id)).where(
+            *condition
+        )
+
+    def kind(number: int) -> Any:
+        return sa.literal_column(str(number)).label("kind")
+
+    c = t.trials.c
+    rows: list[Any] = [
+        of(
+            t.trials,
+            kind(TRIAL),
+            c.trial_id,
+            c.number.label("row_id"),
+            d.as_text(c.datetime_start).label("a"),
+            d.as_float(c.study_id).label("b"),
+            d.as_text(c.state).label("c"),
+            d.as_text(c.datetime_complete).label("d"),
+        )
+    ]
+    p = t.trial_params.c
+    rows.append(
+        of(
+            t.trial_params,
+            kind(PARAM),
+            p.trial_id,
+            p.param_id,
+            p.param_name,
+            p.param_value,
+            p.distribution_json,
+            sa.null(),
+        )
+    )
+    attributes: Any = (
+        (USER_ATTR, t.trial_user_attributes),
+        (SYSTEM_ATTR, t.trial_system_attributes),
+    )
+    for number, table in attributes:
+        rows.append(
+            of(
+                table,
+                kind(number),
+                table.c.trial_id,
+                table.c[f"{table.name[:-1]}_id"],
+                table.c.key,
+                sa.null(),
+                table.c.value_json,
+                sa.null(),
+            )
+        )
+    v = t.trial_values.c
+    rows.append(
+        of(
+            t.trial_values,
+            kind(VALUE),
+            v.trial_id,
+            v.objective,
+            sa.null(),
+            v.value,
+            d.as_text(v.value_type),
+            sa.null(),
+        )
+    )
+    i = t.trial_intermediate_values.c
+    rows.append(
+        of(
+            t.trial_intermediate_values,
+            kind(INTERMEDIATE),
+            i.trial_id,
+            i.step,
+            sa.null(),
+            i.intermediate_value,
+            d.as_text(i.intermediate_value_type),
+            sa.null(),
+        )
+    )
+    return _union_all(*rows)
+
+
+def watch(d: Dialect, held: int) -> Any:
+    """Rows (id, state) of a study's unfinished trials above an id and of the held; greatest id.
+
+    The greatest id in the same statement, hence of the same snapshot: one read later would pass
+    over a trial that became WAITING in between.
+    """
+    c = t.trials.c
+    state = d.as_text(c.state)
+    branches: list[Any] = [
+        _select(c.trial_id, state).where(
+            c.study_id == _p("study_id"),
+            c.trial_id > _p("seen"),
+            c.state.in_([_RUNNING, _WAITING]),
+        )
+    ]
+    if held:
+        branches.append(
+            _select(c.trial_id, state).where(
+                c.trial_id.in_(_params("held", held)), c.study_id == _p("study_id")
+            )
+        )
+    branches.append(
+        _select(sa.func.max(c.trial_id), sa.null()).where(c.study_id == _p("study_id"))
+    )
+    return _union_all(*branches)
+
+
+def probe(d: Dialect) -> Any:
+    """Number and start of one trial, to see whether its study is still the same one."""
+    c = t.trials.c
+    return _select(c.number, d.as_text(c.datetime_start)).where(
+        c.trial_id == _p("trial_id"), c.study_id == _p("study_id")
+    )
+
+
+# --- catalogue -----------------------------------------------------------------------------------
+
+
+def counts(d: Dialect) -> Any:
+    c = t.trials.c
+    query = _select(d.as_text(c.state), sa.func.count()).where(c.study_id == _p("study_id"))
+    return query.group_by(c.state)
+
+
+def best_trial(d: Dialect, maximize: bool) -> Any:
+    """The COMPLETE trial with the best first value, the oldest of equals."""
+    c, v = t.trials.c, t.trial_values.c
+    rank = sa.case(
+        (v.value_type == sa.literal_column("'INF_NEG'"), -_ONE),
+        (v.value_type == sa.literal_column("'INF_POS'"), _ONE),
+        else_=_ZERO,
+    )
+    order = [rank.desc(), v.value.desc()] if maximize else [rank.asc(), v.value.asc()]
+    return (
+        _select(c.trial_id)
+        .select_from(t.trials.join(t.trial_values, v.trial_id == c.trial_id))
+        .where(
+            c.study_id == _p("study_id"),
+            c.state == sa.literal_column("'COMPLETE'"),
+            v.objective == _ZERO,
+        )
+        .order_by(*order, c.trial_id)
+        .limit(_ONE)
+        .offset(_ZERO)
+    )
+
+
+def summaries(d: Dialect) -> Any:
+    """Rows (study id, state, how many, earliest start) over all studies."""
+    c = t.trials.c
+    start = d.as_text(sa.func.min(c.datetime_start))
+    return _select(c.study_id, d.as_text(c.state), sa.func.count(), start).group_by(
+        c.study_id, c.state
+    )

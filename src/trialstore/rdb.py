@@ -1,0 +1,53 @@
+"""``RDBStorage``: a storage over Optuna's tables in a relational database."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trialstore.clock import CLOCK, Clock
+from trialstore.log import Wanted
+from trialstore.logs.relational.log import TablesLog
+from trialstore.storage import Storage
+
+
+class RDBStorage(Storage):
+    """A storage over Optuna's own tables; plain Optuna workers may use them at the same time.
+
+    Args:
+        url: SQLAlchemy's URL of the database; the literal ``{SCHEMA_VERSION}`` in it is replaced.
+        engine_kwargs: Passed to ``sqlalchemy.create_engine``.
+        skip_compatibility_check: Use tables of another schema version as they are.
+        skip_table_creation: Expect the tables to be there.
+        linger_s: For how long a write on a running trial may wait for an exchange to ride along
+            with; 0 writes everything through.
+        max_staleness_s: How old an answer may be; 0 means never older than the call.
+        durability: "full" survives power loss, "process" only the death of processes.
+
+    Raises:
+        ImportError: The database driver is not installed.
+        IncompatibleSchemaError: The tables are of another schema version.
+        LogUnavailableError: The database was not reached.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        engine_kwargs: dict[str, Any] | None = None,
+        skip_compatibility_check: bool = False,
+        *,
+        skip_table_creation: bool = False,
+        linger_s: float = 0.02,
+        max_staleness_s: float = 0.0,
+        durability: str = "full",
+        clock: Clock = CLOCK,
+    ) -> None:
+        log = TablesLog(
+            url,
+            engine_kwargs,
+            skip_compatibility_check=skip_compatibility_check,
+            skip_table_creation=skip_table_creation,
+            durability=durability,
+        )
+        super().__init__(log, linger_s=linger_s, max_staleness_s=max_staleness_s, clock=clock)
+        # An unreachable or incompatible database is told of here, not in the middle of a study.
+        self._exchanger.run((), Wanted(catalogue=True))

@@ -1,0 +1,905 @@
+"""Studies and trials in memory, as the records say; every rule about them is in this file.
+
+``apply(record) -> Outcome`` is deterministic: no I/O, no clock, no randomness, so that replicas
+fed by one log agree. Other storages' records never raise here; the storage raises what was said
+of its own. On a journal replay alone judges, and it judges exactly as Optuna's replay does; where
+we are stricter, ``storage.py`` refuses before anything is appended.
+
+What reads need is indexed: trials by id and number, unfinished and WAITING ones, counts by state,
+the best trial, one distribution per parameter. ``FrozenTrial`` objects are built when somebody
+reads them, once for a finished trial, and replaced, never edited, so an earlier read never
+changes. A finished trial's slot holds the working contents until then and the ``FrozenTrial``
+afterwards, not both.
+
+Not thread-safe: its storage holds a lock.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Container, Iterator
+from datetime import datetime
+import logging
+import math
+from typing import Any, Final
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+    json_to_distribution,
+)
+from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+
+from trialstore import records as r
+from trialstore.log import Wanted
+from trialstore.records import ACCEPTED, Outcome, Record, Verdict
+
+_logger = logging.getLogger("trialstore")
+
+_STATES: Final = tuple(TrialState(code) for code in range(len(TrialState)))
+_UNFINISHED: Final = (TrialState.RUNNING, TrialState.WAITING)
+
+_NO_STUDY: Final = Outcome(Verdict.NO_STUDY)
+_NO_TRIAL: Final = Outcome(Verdict.NO_TRIAL)
+_FINISHED: Final = Outcome(Verdict.FINISHED)
+_LOST: Final = Outcome(Verdict.LOST)
+_INCOMPATIBLE: Final = Outcome(Verdict.INCOMPATIBLE)
+_DUPLICATED: Final = Outcome(Verdict.DUPLICATED_STUDY)
+
+# A trial's place is one integer, study id and index in the study's slots: at 100,000 trials a
+# tuple each would cost 6 MB.
+_INDEX_BITS: Final = 40
+_INDEX_MASK: Final = (1 << _INDEX_BITS) - 1
+
+
+class _Trial:
+    """Working contents of a trial; ``params`` are external representations."""
+
+    __slots__ = (
+        "complete",
+        "distributions",
+        "id",
+        "index",
+        "intermediate_values",
+        "number",
+        "owner",
+        "params",
+        "start",
+        "state",
+        "study",
+        "system_attrs",
+        "user_attrs",
+        "values",
+        "view",
+    )
+
+    def __init__(self, trial_id: int, number: int, study: _Study) -> None:
+        self.id = trial_id
+        self.number = number
+        self.study = study
+        self.index = -1
+        self.state = r.RUNNING
+        self.values: list[float] | None = None
+        # Text until somebody reads the trial: most that are replayed are never read.
+        self.start: str | datetime | None = None
+        self.complete: str | datetime | None = None
+        self.params: dict[str, Any] = {}
+        self.distributions: dict[str, BaseDistribution] = {}
+        self.user_attrs: dict[str, Any] = {}
+        self.system_attrs: dict[str, Any] = {}
+        self.intermediate_values: dict[int, float] = {}
+        self.owner = ""
+        self.view: FrozenTrial | None = None  # an unfinished trial as get_all_trials shows it
+
+    def warn_unreadable(self, field: str, why: object) -> None:
+        _logger.warning(
+            "Study %r, trial %d: its %s can't be read and is left out (%s).",
+            self.study.name,
+            self.number,
+            field,
+            why,
+        )
+
+    def build(self, *, own_containers: bool) -> FrozenTrial:
+        """The trial as Optuna wants it.
+
+        ``Trial`` edits the dictionaries of the unfinished trial that it was given, so such a
+        trial gets its own; a finished one is never edited and shares them.
+        """
+        copied: Callable[[Any], Any] = dict if own_containers else _same
+        if isinstance(self.start, str):
+            self.start = self._parsed("datetime_start", self.start)
+        if isinstance(self.complete, str):
+            self.complete = self._parsed("datetime_complete", self.complete)
+        return FrozenTrial(
+            trial_id=self.id,
+            number=self.number,
+            state=_STATES[self.state],
+            value=None,
+            values=self.values,
+            datetime_start=self.start,
+            datetime_complete=self.complete,
+            params=copied(self.params),
+            distributions=copied(self.distributions),
+            user_attrs=copied(self.user_attrs),
+            system_attrs=copied(self.system_attrs),
+            intermediate_values=copied(self.intermediate_values),
+        )
+
+    def _parsed(self, field: str, text: str) -> datetime | None:
+        try:
+            return r.parse_time(text)
+        except ValueError as error:
+            self.warn_unreadable(field, error)
+            return None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class _Study:
+    """A study and the indexes over its trials."""
+
+    __slots__ = (
+        "best_id",
+        "best_value",
+        "counts",
+        "directions",
+        "distributions",
+        "id",
+        "in_order",
+        "interned",
+        "loaded",
+        "n_created",
+        "name",
+        "slots",
+        "system_attrs",
+        "unfinished",
+        "unread",
+        "user_attrs",
+        "waiting",
+    )
+
+    def __init__(self, study_id: int, name: str, directions: list[StudyDirection]) -> None:
+        self.id = study_id
+        self.name = name
+        self.directions = directions
+        self.user_attrs: dict[str, Any] = {}
+        self.system_attrs: dict[str, Any] = {}
+        # Whether trials are held; if not, only n_created is kept.
+        self.loaded = True
+        self.n_created = 0
+        # By trial id once in_order; on a sequential log the index is the trial number.
+        self.slots: list[_Trial | FrozenTrial] = []
+        self.in_order = True
+        self.unread: set[int] = set()  # indexes of finished trials that are not built yet
+        self.unfinished: dict[int, _Trial] = {}  # by trial id
+        self.waiting: dict[int, _Trial] = {}  # by trial id
+        self.counts = [0] * len(_STATES)
+        self.best_id: int | None = None
+        self.best_value = math.nan
+        self.distributions: dict[str, BaseDistribution] = {}  # of the first use of each name
+        self.interned: dict[str, BaseDistribution] = {}  # by JSON: equal ones are one object
+
+    def intern(self, json: str) -> BaseDistribution:
+        """The one object for a distribution. Raises if the text holds none."""
+        distribution = self.interned.get(json)
+        if distribution is None:
+            distribution = self.interned[json] = parse_distribution(json)
+        return distribution
+
+    def distribution_texts(self) -> dict[int, str]:
+        """The JSON of each interned distribution, by ``id`` of the object."""
+        return {id(known): json for json, known in self.interned.items()}
+
+    def is_better(self, value: float, trial_id: int) -> bool:
+        """Whether a COMPLETE trial beats the best; of equals the earlier created one is best."""
+        if self.best_id is None:
+            return True
+        if value == self.best_value:
+            return trial_id < self.best_id
+        if self.directions[0] == StudyDirection.MAXIMIZE:
+            return value > self.best_value
+        return value < self.best_value
+
+
+def parse_distribution(json: str) -> BaseDistribution:
+    """Raises what Optuna raises for a text that holds none."""
+    return json.distribution if isinstance(json, r.ObjectText) else json_to_distribution(json)
+
+
+def compatible(known: BaseDistribution, new: BaseDistribution) -> bool:
+    """Optuna's rule for two distributions of one parameter name in a study; an equivalence."""
+    try:
+        check_distribution_compatibility(known, new)
+    except ValueError:
+        return False
+    return True
+
+
+class Replica:
+    """The contents of a store, or of the part of it that somebody wanted.
+
+    Args:
+        focus: Ids of the studies whose trials are held when images of studies arrive; None holds
+            all. Of other studies names, attributes and the positions of trials are kept, so that
+            ids and numbers go on counting. Studies created later are always held.
+    """
+
+    def __init__(self, focus: Container[int] | None = None) -> None:
+        self._focus = focus
+        self._n_unloaded = 0
+        self._studies: dict[int, _Study] = {}
+        self._study_ids: dict[str, int] = {}
+        self._places: dict[int, int] = {}  # trial id -> place, of loaded studies
+        self._unfinished: dict[int, _Trial] = {}  # trial id -> contents, of loaded studies
+        self._next_study_id = 0
+        self._next_trial_id = 0
+        # Which study each position belongs to, run-length encoded: deleted and unloaded studies'
+        # trials keep their ids.
+        self._run_studies = array("q")
+        self._run_starts = array("q")
+
+    # --- records ---------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> Outcome:
+        """Take a record in and say what became of it; nothing changes unless it is ACCEPTED."""
+        return _APPLY[type(record)](self, record)
+
+    def judge(self, record: Record) -> Outcome:
+        """What ``apply`` would say now, without applying.
+
+        Ids that apply would give out are not told. ``NO_STUDY`` and ``NO_TRIAL`` may only mean
+        that nobody has wanted them yet.
+        """
+        if isinstance(record, r.CreateStudy):
+            return _DUPLICATED if record.study_name in self._study_ids else ACCEPTED
+        if isinstance(record, r.CreateTrial):
+            study = self._studies.get(record.study_id)
+            return ACCEPTED if study is not None and study.loaded else _NO_STUDY
+        if isinstance(record, _ON_STUDY):
+            return ACCEPTED if record.study_id in self._studies else _NO_STUDY
+        if not isinstance(record, _ON_TRIAL):
+            return ACCEPTED
+        trial = self._unfinished.get(record.trial_id)
+        if trial is None:
+            return self._not_updatable(record.trial_id)
+        if isinstance(record, r.SetTrialParam):
+            return self._judge_param(trial.study, record.param_name, record.distribution)
+        if isinstance(record, r.SetTrialStateValues) and record.state == trial.state == r.RUNNING:
+            return _LOST
+        return ACCEPTED
+
+    def _judge_param(self, study: _Study, name: str, json: str) -> Outcome:
+        known = study.distributions.get(name)
+        if known is None:
+            return ACCEPTED
+        new = study.intern(json)
+        return ACCEPTED if known is new or compatible(known, new) else _INCOMPATIBLE
+
+    def _not_updatable(self, trial_id: int) -> Outcome:
+        return _FINISHED if trial_id in self._places else _NO_TRIAL
+
+    # Studies.
+
+    def _apply_create_study(self, record: r.CreateStudy) -> Outcome:
+        if record.study_name in self._study_ids:
+            return _DUPLICATED
+        study_id = self._next_study_id
+        self._next_study_id = study_id + 1
+        self._add_study(study_id, record.study_name, record.directions)
+        return Outcome(Verdict.ACCEPTED, study_id)
+
+    def _add_study(self, study_id: int, name: str, directions: list[int]) -> _Study:
+        study = _Study(study_id, name, _readable_directions(name, directions))
+        self._studies[study_id] = study
+        self._study_ids[name] = study_id
+        return study
+
+    def _apply_delete_study(self, record: r.DeleteStudy) -> Outcome:
+        study = self._studies.pop(record.study_id, None)
+        if study is None:
+            return _NO_STUDY
+        if self._study_ids.get(study.name) == study.id:
+            del self._study_ids[study.name]
+        self._n_unloaded -= not study.loaded
+        self._drop_trials(study)
+        return ACCEPTED
+
+    def _drop_trials(self, study: _Study) -> None:
+        for slot in study.slots:
+            del self._places[_slot_id(slot)]
+        for trial_id in study.unfinished:
+            del self._unfinished[trial_id]
+
+    def _apply_set_study_user_attr(self, record: r.SetStudyUserAttr) -> Outcome:
+        study = self._studies.get(record.study_id)
+        if study is None:
+            return _NO_STUDY
+        study.user_attrs = {**study.user_attrs, **record.user_attr}
+        return ACCEPTED
+
+    def _apply_set_study_system_attr(self, record: r.SetStudySystemAttr) -> Outcome:
+        study = self._studies.get(record.study_id)
+        if study is None:
+            return _NO_STUDY
+        study.system_attrs = {**study.system_attrs, **record.system_attr}
+        return ACCEPTED
+
+    # Trials.
+
+    def _apply_create_trial(self, record: r.CreateTrial) -> Outcome:
+        study = self._studies.get(record.study_id)
+        if study is None:
+            return _NO_STUDY
+        trial_id = self._next_trial_id
+        self._next_trial_id = trial_id + 1
+        if not self._run_studies or self._run_studies[-1] != study.id:
+            self._run_studies.append(study.id)
+            self._run_starts.append(trial_id)
+        number = study.n_created
+        study.n_created = number + 1
+        if study.loaded:
+            trial = _Trial(trial_id, number, study)
+            trial.start = record.datetime_start
+            trial.owner = record.worker_id
+            if record.state != r.RUNNING or record.params or record.intermediate_values:
+                trial.complete = record.datetime_complete
+                values = record.values
+                if values is None and record.value is not None:
+                    values = [record.value]
+                self._set_state(trial, record.state, values)
+                for name, internal in record.params.items():
+                    self._set_param(trial, name, internal, record.distributions.get(name))
+                trial.intermediate_values = _readable_steps(trial, record.intermediate_values)
+            trial.user_attrs = dict(record.user_attrs)
+            trial.system_attrs = dict(record.system_attrs)
+            self._add_trial(trial)
+        return Outcome(Verdict.ACCEPTED, trial_id)
+
+    def _apply_set_trial_param(self, record: r.SetTrialParam) -> Outcome:
+        trial = self._unfinished.get(record.trial_id)
+        if trial is None:
+            return self._not_updatable(record.trial_id)
+        try:
+            outcome = self._judge_param(trial.study, record.param_name, record.distribution)
+        except Exception as error:
+            trial.warn_unreadable(f"distribution of {record.param_name!r}", error)
+            return ACCEPTED
+        if outcome is ACCEPTED:
+            self._set_param(
+                trial, record.param_name, record.param_value_internal, record.distribution
+            )
+            trial.view = None
+        return outcome
+
+    def _set_param(self, trial: _Trial, name: str, internal: float, json: str | None) -> None:
+        study = trial.study
+        try:
+            if json is None:
+                raise ValueError("it has no distribution")
+            distribution = study.intern(json)
+            external = distribution.to_external_repr(internal)
+            if internal < 0 and isinstance(distribution, CategoricalDistribution):
+                raise ValueError(f"choice {internal} does not exist")
+        except Exception as error:
+            # Whatever Optuna raises on a distribution or an index that somebody else stored: one
+            # bad record must not make the study unreadable.
+            trial.warn_unreadable(f"parameter {name!r}", error)
+            return
+        trial.params[name] = external
+        trial.distributions[name] = distribution
+        if name not in study.distributions:
+            study.distributions[name] = distribution
+
+    def _apply_set_trial_state_values(self, record: r.SetTrialStateValues) -> Outcome:
+        trial = self._unfinished.get(record.trial_id)
+        if trial is None:
+            return self._not_updatable(record.trial_id)
+        state = record.state
+        if state == r.RUNNING:
+            if trial.state == r.RUNNING:
+                return _LOST
+            trial.start = record.datetime_start
+            trial.owner = record.worker_id
+        elif not 0 <= state < len(_STATES):
+            trial.warn_unreadable("state", f"{state} is no state")
+            return ACCEPTED
+        elif state in r.FINISHED:
+            trial.complete = record.datetime_complete
+        self._remove_from_indexes(trial)
+        self._set_state(trial, state, trial.values if record.values is None else record.values)
+        self._add_to_indexes(trial)
+        return ACCEPTED
+
+    def _set_state(self, trial: _Trial, state: int, values: list[float] | None) -> None:
+        """State and values, readable ones: a COMPLETE trial without values is shown as FAIL."""
+        if not 0 <= state < len(_STATES):
+            trial.warn_unreadable("state", f"{state} is no state")
+            state = r.FAIL
+        if values is not None:
+            if any(value != value for value in values):
+                trial.warn_unreadable("values", f"{values} holds NaN")
+                values = None
+            elif len(values) != len(trial.study.directions):
+                trial.warn_unreadable(
+                    "values", f"{len(values)} for {len(trial.study.directions)} objectives"
+                )
+                values = None
+        if state == r.COMPLETE and values is None:
+            trial.warn_unreadable("state", "COMPLETE without values, shown as FAIL")
+            state = r.FAIL
+        trial.state = state
+        trial.values = values
+
+    def _apply_set_trial_intermediate_value(self, record: r.SetTrialIntermediateValue) -> Outcome:
+        trial = self._unfinished.get(record.trial_id)
+        if trial is None:
+            return self._not_updatable(record.trial_id)
+        trial.intermediate_values[record.step] = record.intermediate_value
+        trial.view = None
+        return ACCEPTED
+
+    def _apply_set_trial_user_attr(self, record: r.SetTrialUserAttr) -> Outcome:
+        trial = self._unfinished.get(record.trial_id)
+        if trial is None:
+            return self._not_updatable(record.trial_id)
+        trial.user_attrs.update(record.user_attr)
+        trial.view = None
+        return ACCEPTED
+
+    def _apply_set_trial_system_attr(self, record: r.SetTrialSystemAttr) -> Outcome:
+        trial = self._unfinished.get(record.trial_id)
+        if trial is None:
+            return self._not_updatable(record.trial_id)
+        trial.system_attrs.update(record.system_attr)
+        trial.view = None
+        return ACCEPTED
+
+    def _apply_ignored(self, record: r.Ignored) -> Outcome:
+        return ACCEPTED
+
+    # Images.
+
+    def _apply_put_study(self, record: r.PutStudy) -> Outcome:
+        namesake = self._study_ids.get(record.study_name)
+        if namesake is not None and namesake != record.study_id:
+            self._apply_delete_study(r.DeleteStudy(worker_id="", study_id=namesake))
+        study = self._studies.get(record.study_id)
+        if study is not None and study.name != record.study_name:
+            # The id was given out again after a deletion, which SQLite does.
+            self._apply_delete_study(r.DeleteStudy(worker_id="", study_id=study.id))
+            study = None
+        if study is None:
+            study = self._add_study(record.study_id, record.study_name, record.directions)
+            if self._focus is not None and record.study_id not in self._focus:
+                study.loaded = False
+                self._n_unloaded += 1
+        study.user_attrs = record.user_attrs
+        study.system_attrs = record.system_attrs
+        return ACCEPTED
+
+    def _apply_put_trial(self, record: r.PutTrial) -> Outcome:
+        study = self._studies.get(record.study_id)
+        if study is None:
+            return _NO_STUDY
+        place = self._places.get(record.trial_id)
+        if place is not None and place >> _INDEX_BITS != study.id:
+            # The id was given out again, which SQLite does: its old study was deleted.
+            self._apply_delete_study(r.DeleteStudy(worker_id="", study_id=place >> _INDEX_BITS))
+            place = None
+        trial = _Trial(record.trial_id, record.number, study)
+        trial.start = record.datetime_start
+        trial.complete = record.datetime_complete
+        trial.owner = record.owner
+        self._set_state(trial, record.state, record.values)
+        for (name, internal), json in zip(
+            record.params.items(), record.distributions, strict=False
+        ):
+            self._set_param(trial, name, internal, json)
+        trial.user_attrs = record.user_attrs
+        trial.system_attrs = record.system_attrs
+        trial.intermediate_values = record.intermediate_values
+        if place is None:
+            study.n_created = max(study.n_created, record.number + 1)
+            self._add_trial(trial)
+        elif record.trial_id in self._unfinished:
+            self._remove_from_indexes(self._unfinished[record.trial_id])
+            trial.index = place & _INDEX_MASK
+            study.slots[trial.index] = trial
+            self._add_to_indexes(trial)
+        # A finished trial never changes again; an image of it says nothing new.
+        return ACCEPTED
+
+    def _apply_put_param(self, record: r.PutParam) -> Outcome:
+        study = self._studies.get(record.study_id)
+        if study is None:
+            return _NO_STUDY
+        if record.param_name not in study.distributions:
+            try:
+                study.distributions[record.param_name] = study.intern(record.distribution)
+            except Exception as error:
+                _logger.warning(
+                    "Study %r: the distribution of parameter %r can't be read (%s).",
+                    study.name,
+                    record.param_name,
+                    error,
+                )
+        return ACCEPTED
+
+    def _apply_put_positions(self, record: r.PutPositions) -> Outcome:
+        self._next_study_id = record.next_study_id
+        self._run_studies = array("q", [study_id for study_id, _ in record.runs])
+        self._run_starts = array("q")
+        next_trial_id = 0
+        for study_id, length in record.runs:
+            self._run_starts.append(next_trial_id)
+            next_trial_id += length
+            if study_id in self._studies:
+                self._studies[study_id].n_created += length
+        self._next_trial_id = next_trial_id
+        return ACCEPTED
+
+    # Indexes.
+
+    def _add_trial(self, trial: _Trial) -> None:
+        study = trial.study
+        trial.index = len(study.slots)
+        if study.slots and _slot_id(study.slots[-1]) > trial.id:
+            study.in_order = False
+        study.slots.append(trial)
+        self._places[trial.id] = study.id << _INDEX_BITS | trial.index
+        self._add_to_indexes(trial)
+
+    def _add_to_indexes(self, trial: _Trial) -> None:
+        study, state = trial.study, trial.state
+        study.counts[state] += 1
+        trial.view = None
+        if state in r.FINISHED:
+            study.unread.add(trial.index)
+            if state == r.COMPLETE and len(study.directions) == 1:
+                assert trial.values is not None
+                if study.is_better(trial.values[0], trial.id):
+                    study.best_id, study.best_value = trial.id, trial.values[0]
+        else:
+            self._unfinished[trial.id] = study.unfinished[trial.id] = trial
+            if state == r.WAITING:
+                study.waiting[trial.id] = trial
+
+    def _remove_from_indexes(self, trial: _Trial) -> None:
+        """Of an unfinished trial; a finished one stays where it is."""
+        study = trial.study
+        study.counts[trial.state] -= 1
+        del self._unfinished[trial.id], study.unfinished[trial.id]
+        if trial.state == r.WAITING:
+            del study.waiting[trial.id]
+
+    def _put_in_order(self, study: _Study) -> None:
+        """Images may arrive in any order; lists of trials are by id."""
+        study.slots.sort(key=_slot_id)
+        study.unread.clear()
+        for index, slot in enumerate(study.slots):
+            self._places[_slot_id(slot)] = study.id << _INDEX_BITS | index
+            if isinstance(slot, _Trial):
+                slot.index = index
+                if slot.state in r.FINISHED:
+                    study.unread.add(index)
+        study.in_order = True
+
+    # --- reads -----------------------------------------------------------------------------------
+    # KeyError means: not among what has been wanted so far, or not there at all.
+
+    def _study(self, study_id: int) -> _Study:
+        study = self._studies.get(study_id)
+        if study is None:
+            raise KeyError(f"There is no study with id {study_id}.")
+        return study
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the trials of every study are held."""
+        return self._n_unloaded == 0
+
+    def loaded_study_ids(self) -> set[int]:
+        return {study.id for study in self._studies.values() if study.loaded}
+
+    def unloaded(self, wanted: Wanted) -> set[int]:
+        """Ids of the studies whose trials are wanted and not held."""
+        study_ids = {*wanted.trials_of, *wanted.waiting_of}
+        study_ids.update(study_id for study_id, _ in (*wanted.numbers, *wanted.params))
+        for trial_id in wanted.trials:
+            if 0 <= trial_id < self._next_trial_id:
+                study_ids.add(self._run_studies[bisect_right(self._run_starts, trial_id) - 1])
+        return {
+            study_id
+            for study_id in study_ids
+            if study_id in self._studies and not self._studies[study_id].loaded
+        }
+
+    def has_study(self, study_id: int) -> bool:
+        return study_id in self._studies
+
+    def study_id(self, name: str) -> int:
+        study_id = self._study_ids.get(name)
+        if study_id is None:
+            raise KeyError(f"There is no study with the name {name!r}.")
+        return study_id
+
+    def study_name(self, study_id: int) -> str:
+        return self._study(study_id).name
+
+    def directions(self, study_id: int) -> list[StudyDirection]:
+        return list(self._study(study_id).directions)
+
+    def study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        return self._study(study_id).user_attrs
+
+    def study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return self._study(study_id).system_attrs
+
+    def studies(self) -> list[FrozenStudy]:
+        """By id."""
+        return [
+            FrozenStudy(
+                study_name=study.name,
+                direction=None,
+                directions=list(study.directions),
+                user_attrs=dict(study.user_attrs),
+                system_attrs=dict(study.system_attrs),
+                study_id=study.id,
+            )
+            for _, study in sorted(self._studies.items())
+        ]
+
+    def distribution(self, study_id: int, name: str) -> BaseDistribution | None:
+        """What later uses of a parameter name must be compatible with, if that is known."""
+        study = self._studies.get(study_id)
+        return None if study is None else study.distributions.get(name)
+
+    def is_first_use(self, trial_id: int, name: str) -> bool:
+        """Whether a parameter name is new to the study of a trial, as far as is known."""
+        trial = self._unfinished.get(trial_id)
+        return trial is None or name not in trial.study.distributions
+
+    def has_trial(self, trial_id: int) -> bool:
+        return trial_id in self._places
+
+    def is_running(self, trial_id: int) -> bool:
+        trial = self._unfinished.get(trial_id)
+        return trial is not None and trial.state == r.RUNNING
+
+    def is_finished(self, trial_id: int) -> bool:
+        return trial_id in self._places and trial_id not in self._unfinished
+
+    def study_id_of_trial(self, trial_id: int) -> int:
+        place = self._places.get(trial_id)
+        if place is None:
+            raise KeyError(f"There is no trial with id {trial_id}.")
+        return place >> _INDEX_BITS
+
+    def trial(self, trial_id: int) -> FrozenTrial:
+        """A trial; an unfinished one with containers of its own."""
+        trial = self._unfinished.get(trial_id)
+        if trial is not None:
+            return trial.build(own_containers=True)
+        return self.finished_trial(trial_id)
+
+    def finished_trial(self, trial_id: int) -> FrozenTrial:
+        """A finished trial. Raises KeyError for all others."""
+        place = self._places.get(trial_id)
+        if place is None or trial_id in self._unfinished:
+            raise KeyError(f"There is no trial with id {trial_id}.")
+        return self._read_slot(self._studies[place >> _INDEX_BITS], place & _INDEX_MASK)
+
+    def _read_slot(self, study: _Study, index: int) -> FrozenTrial:
+        slot = study.slots[index]
+        if isinstance(slot, _Trial):
+            study.slots[index] = slot = slot.build(own_containers=False)
+            study.unread.discard(index)
+        return slot
+
+    def trial_number(self, trial_id: int) -> int:
+        place = self._places.get(trial_id)
+        if place is None:
+            raise KeyError(f"There is no trial with id {trial_id}.")
+        return self._studies[place >> _INDEX_BITS].slots[place & _INDEX_MASK].number
+
+    def trial_id(self, study_id: int, number: int) -> int:
+        slots = self._study(study_id).slots
+        if 0 <= number < len(slots) and slots[number].number == number:
+            return _slot_id(slots[number])
+        for slot in slots:
+            if slot.number == number:
+                return _slot_id(slot)
+        raise KeyError(f"There is no trial number {number} in the study with id {study_id}.")
+
+    def trials(self, study_id: int, states: Container[TrialState] | None) -> list[FrozenTrial]:
+        """Trials by id; those of the given states, or all."""
+        study = self._study(study_id)
+        if not study.in_order:
+            self._put_in_order(study)
+        if states is not None and not any(
+            study.counts[state] for state in _STATES if state in states
+        ):
+            return []
+        if states is not None and not any(
+            state in states for state in _STATES if state not in _UNFINISHED
+        ):
+            wanted = study.unfinished if TrialState.RUNNING in states else study.waiting
+            return [
+                _view(trial)
+                for _, trial in sorted(wanted.items())
+                if _STATES[trial.state] in states
+            ]
+        for index in list(study.unread):
+            self._read_slot(study, index)
+        found: list[Any] = study.slots.copy()
+        for trial in study.unfinished.values():
+            found[trial.index] = _view(trial)
+        if states is None:
+            return found
+        return [trial for trial in found if trial.state in states]
+
+    def count(self, study_id: int, states: Container[TrialState] | None) -> int:
+        counts = self._study(study_id).counts
+        return sum(counts[state] for state in _STATES if states is None or state in states)
+
+    def best_trial(self, study_id: int) -> FrozenTrial:
+        """Raises RuntimeError with several objectives, ValueError without a COMPLETE trial."""
+        study = self._study(study_id)
+        if len(study.directions) > 1:
+            raise RuntimeError(
+                f"Study {study.name!r} has {len(study.directions)} objectives and no single best "
+                "trial; use study.best_trials."
+            )
+        if study.best_id is None:
+            raise ValueError(f"Study {study.name!r} has no COMPLETE trial yet.")
+        return self.finished_trial(study.best_id)
+
+    def owner(self, trial_id: int) -> str:
+        """``worker_id`` of who created or claimed a RUNNING trial; empty if that is not known."""
+        trial = self._unfinished.get(trial_id)
+        return "" if trial is None or trial.state != r.RUNNING else trial.owner
+
+    # --- images ----------------------------------------------------------------------------------
+
+    def positions(self) -> r.PutPositions:
+        ends = [*self._run_starts[1:], self._next_trial_id]
+        runs = [
+            (study_id, end - start)
+            for study_id, start, end in zip(
+                self._run_studies, self._run_starts, ends, strict=False
+            )
+        ]
+        return r.PutPositions(next_study_id=self._next_study_id, runs=runs)
+
+    def study_ids(self) -> list[int]:
+        return sorted(self._studies)
+
+    def study_image(self, study_id: int) -> r.PutStudy:
+        study = self._study(study_id)
+        return r.PutStudy(
+            study_id=study.id,
+            study_name=study.name,
+            directions=[int(direction) for direction in study.directions],
+            user_attrs=study.user_attrs,
+            system_attrs=study.system_attrs,
+        )
+
+    def param_images(self, study_id: int) -> list[r.PutParam]:
+        """The first use of each name need not be that of the first trial that holds it."""
+        study = self._study(study_id)
+        texts = study.distribution_texts()
+        return [
+            r.PutParam(
+                study_id=study_id,
+                param_name=name,
+                distribution=texts.get(id(known)) or distribution_to_json(known),
+            )
+            for name, known in study.distributions.items()
+        ]
+
+    def trial_images(self, study_id: int) -> Iterator[r.PutTrial]:
+        study = self._study(study_id)
+        if not study.in_order:
+            self._put_in_order(study)
+        texts = study.distribution_texts()
+        for slot in study.slots:
+            if isinstance(slot, _Trial):
+                state, values = slot.state, slot.values
+                owner = slot.owner if state == r.RUNNING else ""
+                start, complete = slot.start, slot.complete
+            else:
+                state, values, owner = int(slot.state), slot.values, ""
+                start, complete = slot.datetime_start, slot.datetime_complete
+            distributions = slot.distributions
+            yield r.PutTrial(
+                trial_id=_slot_id(slot),
+                study_id=study_id,
+                number=slot.number,
+                state=state,
+                values=values,
+                datetime_start=_time_text(start),
+                datetime_complete=_time_text(complete),
+                params={
+                    name: distributions[name].to_internal_repr(external)
+                    for name, external in slot.params.items()
+                },
+                distributions=[
+                    texts.get(id(distribution)) or distribution_to_json(distribution)
+                    for distribution in distributions.values()
+                ],
+                user_attrs=slot.user_attrs,
+                system_attrs=slot.system_attrs,
+                intermediate_values=slot.intermediate_values,
+                owner=owner,
+            )
+
+
+def _time_text(time: str | datetime | None) -> str | None:
+    return r.format_time(time) if isinstance(time, datetime) else time
+
+
+def _slot_id(slot: _Trial | FrozenTrial) -> int:
+    return slot.id if isinstance(slot, _Trial) else slot._trial_id
+
+
+def _view(trial: _Trial) -> FrozenTrial:
+    if trial.view is None:
+        trial.view = trial.build(own_containers=True)
+    return trial.view
+
+
+def _readable_directions(name: str, directions: list[int]) -> list[StudyDirection]:
+    readable = []
+    for direction in directions:
+        try:
+            readable.append(StudyDirection(direction))
+        except ValueError:
+            _logger.warning("Study %r: %r is no direction, shown as NOT_SET.", name, direction)
+            readable.append(StudyDirection.NOT_SET)
+    return readable
+
+
+def _readable_steps(trial: _Trial, values: dict[str, float]) -> dict[int, float]:
+    readable = {}
+    for step, value in values.items():
+        try:
+            readable[int(step)] = value
+        except ValueError as error:
+            trial.warn_unreadable("intermediate value", error)
+    return readable
+
+
+_ON_STUDY: Final = (r.DeleteStudy, r.SetStudyUserAttr, r.SetStudySystemAttr)
+_ON_TRIAL: Final = (
+    r.SetTrialParam,
+    r.SetTrialStateValues,
+    r.SetTrialIntermediateValue,
+    r.SetTrialUserAttr,
+    r.SetTrialSystemAttr,
+)
+
+_APPLY: Final[dict[Any, Callable[[Replica, Any], Outcome]]] = {
+    r.CreateStudy: Replica._apply_create_study,
+    r.DeleteStudy: Replica._apply_delete_study,
+    r.SetStudyUserAttr: Replica._apply_set_study_user_attr,
+    r.SetStudySystemAttr: Replica._apply_set_study_system_attr,
+    r.CreateTrial: Replica._apply_create_trial,
+    r.SetTrialParam: Replica._apply_set_trial_param,
+    r.SetTrialStateValues: Replica._apply_set_trial_state_values,
+    r.SetTrialIntermediateValue: Replica._apply_set_trial_intermediate_value,
+    r.SetTrialUserAttr: Replica._apply_set_trial_user_attr,
+    r.SetTrialSystemAttr: Replica._apply_set_trial_system_attr,
+    r.Ignored: Replica._apply_ignored,
+    r.PutStudy: Replica._apply_put_study,
+    r.PutTrial: Replica._apply_put_trial,
+    r.PutParam: Replica._apply_put_param,
+    r.PutPositions: Replica._apply_put_positions,
+}

@@ -1,0 +1,579 @@
+"""Optuna's contract over a replica and a log: judge, exchange, answer.
+
+Every method of ``BaseStorage`` is here once, for every log. A write becomes one record. It is
+judged against the replica first, so that what is refused leaves no byte behind, and then either
+exchanged at once or put off in the outbox. A read exchanges first and is answered by the replica.
+How exchanges run is in ``exchange.py``, the rules about studies and trials are in ``replica.py``,
+and which values are taken at all is in ``checks.py``.
+
+*The trial is the unit of durability.* Writes on a study, and those that create a trial or change
+its state, are durable when the call returns. A parameter, attribute or intermediate value of a
+trial that this storage created or claimed reaches the log with the next exchange, at the latest
+``linger_s`` later, and always before or together with the next state write of its trial.
+
+This class asks its log for capabilities (``log.py``), never which log it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+import copy
+import logging
+import math
+from typing import Any, TypeVar
+import uuid
+
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+
+from trialstore import checks, records as r
+from trialstore.clock import CLOCK, Clock
+from trialstore.exchange import Exchanger
+from trialstore.log import NOTHING, Limited, Log, Wanted
+from trialstore.records import ACCEPTED, Outcome, Verdict
+from trialstore.replica import Replica, parse_distribution
+
+_logger = logging.getLogger("trialstore")
+
+_T = TypeVar("_T")
+
+_STUDY_NAME_PREFIX = "no-name-"
+_WAITING_ONLY = (TrialState.WAITING,)
+_FRESH_MAX = 4096
+
+
+class Storage(BaseStorage):
+    """A storage for ``optuna.create_study(storage=...)`` over any log.
+
+    Args:
+        log: Where records are kept.
+        linger_s: For how long a deferred write may wait for an exchange to ride along with;
+            0 writes everything through; infinity is for a log that nobody else reads.
+        max_staleness_s: How old an answer may be; 0 means never older than the call.
+        keep_objects: Attributes and categorical choices may be any objects and are not copied;
+            only for a log that never leaves this process.
+        clock: Time, for tests to replace.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        linger_s: float = 0.02,
+        max_staleness_s: float = 0.0,
+        keep_objects: bool = False,
+        clock: Clock = CLOCK,
+    ) -> None:
+        if linger_s < 0 or max_staleness_s < 0:
+            raise ValueError("linger_s and max_staleness_s must not be negative.")
+        self._linger_s = linger_s
+        self._max_staleness_s = max_staleness_s
+        self._keep_objects = keep_objects
+        self._clock = clock
+        self._open(log)
+
+    def _open(self, log: Log) -> None:
+        self._exchanger = Exchanger(log, linger_s=self._linger_s, clock=self._clock)
+        # Trials that this storage created or claimed and that it has not finished; of the fresh
+        # ones nothing has been written since.
+        self._owned: dict[int, str] = {}
+        self._fresh: dict[int, int] = {}  # to the number of exchanges made then
+        self._read_at_s: dict[Wanted, float] = {}
+        self._limits = log if isinstance(log, Limited) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        state = self.__dict__.copy()
+        for name in ("_exchanger", "_owned", "_fresh", "_read_at_s", "_limits"):
+            del state[name]
+        state["log"] = self._exchanger.log
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        log = state.pop("log")
+        self.__dict__.update(state)
+        self._open(log)
+
+    @property
+    def _replica(self) -> Replica:
+        return self._exchanger.replica
+
+    # --- sessions --------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Bring every deferred write to the log.
+
+        Raises:
+            UpdateFinishedTrialError: Deferred writes were rejected, because their trials were
+                finished or deleted by somebody else meanwhile.
+            LogUnavailableError: The log was not reached; the writes go on waiting.
+        """
+        self._exchanger.flush()
+
+    def remove_session(self) -> None:
+        """As ``flush``; Optuna calls it at the end of ``optimize``."""
+        self.flush()
+
+    def close(self) -> None:
+        """``flush``, then release connections and files; a later call opens them again."""
+        try:
+            self.flush()
+        finally:
+            self._exchanger.log.close()
+
+    # --- the four ways to the log ----------------------------------------------------------------
+
+    def _read(self, wanted: Wanted, answer: Callable[[Replica], _T]) -> _T:
+        """Let the replica answer, of a moment after this call began or within the staleness."""
+        exchanger = self._exchanger
+        if not (self._max_staleness_s and self._is_recent(wanted)):
+            began_s = self._clock.now_s() if self._max_staleness_s else 0.0
+            exchanger.run((), wanted)
+            if self._max_staleness_s:
+                if len(self._read_at_s) >= _FRESH_MAX:
+                    self._read_at_s.clear()
+                self._read_at_s[wanted] = began_s
+        with exchanger.mutex:
+            return answer(exchanger.replica)
+
+    def _is_recent(self, wanted: Wanted) -> bool:
+        read_at_s = self._read_at_s.get(wanted)
+        if read_at_s is None or self._clock.now_s() - read_at_s > self._max_staleness_s:
+            return False
+        return not self._exchanger.has_deferred()
+
+    def _judge(self, record: r.AnyOperation, wanted: Wanted) -> Outcome:
+        """What will become of a record, so that a refused one leaves no byte behind.
+
+        What the replica refuses by what it knows may only be new to it: look before refusing.
+        """
+        with self._exchanger.mutex:
+            outcome = self._replica.judge(record)
+        return outcome if outcome is ACCEPTED else self._judge_again(record, wanted)
+
+    def _judge_again(self, record: r.AnyOperation, wanted: Wanted) -> Outcome:
+        self._exchanger.run((), wanted)
+        with self._exchanger.mutex:
+            return self._replica.judge(record)
+
+    def _write(
+        self, record: r.AnyOperation, wanted: Wanted, judged: Outcome | None = None
+    ) -> Outcome:
+        """Append a record, unless it would be refused, and say what became of it."""
+        if self._limits is not None:
+            self._limits.check((record,))
+        outcome = judged or self._judge(record, wanted)
+        if outcome is not ACCEPTED:
+            return outcome
+        self._read_at_s.clear()
+        return self._exchanger.run((record,), NOTHING)[0]
+
+    def _write_trial(self, record: r.TrialWrite) -> None:
+        """A parameter, attribute or intermediate value: put off if the trial is this storage's."""
+        exchanger, trial_id = self._exchanger, record.trial_id
+        exchanger.raise_rejected(trial_id)
+        if self._limits is not None:
+            self._limits.check((record,))
+        with exchanger.mutex:
+            outcome = self._replica.judge(record)
+            put_off = outcome is ACCEPTED and self._may_put_off(record)
+            if put_off:
+                self._fresh.pop(trial_id, None)
+                outbox_is_full = exchanger.defer(record)
+        if put_off:
+            if outbox_is_full:
+                exchanger.run((), NOTHING)
+            return
+        if outcome is not ACCEPTED:
+            outcome = self._judge_again(record, Wanted(trials=frozenset((trial_id,))))
+        if outcome is ACCEPTED:
+            self._fresh.pop(trial_id, None)
+            self._read_at_s.clear()
+            outcome = exchanger.run((record,), self._first_use(record))[0]
+        if outcome.verdict is not Verdict.ACCEPTED:
+            raise self._refusal(record, outcome)
+
+    def _may_put_off(self, record: r.TrialWrite) -> bool:
+        """Not the first use of a name: it decides for the study what later ones must be
+        compatible with, so the log judges it before anything is put off that relies on it."""
+        return (
+            self._linger_s != 0.0
+            and self._owns(record.trial_id)
+            and not self._is_first_use(record)
+        )
+
+    def _is_first_use(self, record: r.TrialWrite) -> bool:
+        return isinstance(record, r.SetTrialParam) and self._replica.is_first_use(
+            record.trial_id, record.param_name
+        )
+
+    def _first_use(self, record: r.TrialWrite) -> Wanted:
+        with self._exchanger.mutex:
+            if not isinstance(record, r.SetTrialParam) or not self._is_first_use(record):
+                return NOTHING
+            study_id = self._replica.study_id_of_trial(record.trial_id)
+        return Wanted(params=frozenset(((study_id, record.param_name),)))
+
+    def _owns(self, trial_id: int) -> bool:
+        # A forked child shares the memory, but not the ownership: its worker_id is another.
+        return self._owned.get(trial_id) == self._exchanger.worker_id
+
+    def _own(self, trial_id: int) -> None:
+        with self._exchanger.mutex:
+            self._owned[trial_id] = self._exchanger.worker_id
+            self._fresh[trial_id] = self._exchanger.n_exchanges
+
+    def _refusal(self, record: Any, outcome: Outcome) -> Exception:
+        """The error that Optuna's callers expect for a verdict."""
+        verdict = outcome.verdict
+        # A refusal says that what is known here is old.
+        self._fresh.pop(getattr(record, "trial_id", -1), None)
+        if verdict is Verdict.DUPLICATED_STUDY:
+            return DuplicatedStudyError(
+                f"A study with the name {record.study_name!r} exists already. Choose another "
+                "name, or pass load_if_exists=True."
+            )
+        if verdict is Verdict.NO_STUDY:
+            return KeyError(f"There is no study with id {record.study_id}.")
+        if verdict is Verdict.NO_TRIAL:
+            return KeyError(f"There is no trial with id {record.trial_id}.")
+        if verdict is Verdict.INCOMPATIBLE:
+            return ValueError(self._why_incompatible(record))
+        return UpdateFinishedTrialError(self._why_finished(record.trial_id))
+
+    def _why_incompatible(self, record: r.SetTrialParam) -> str:
+        with self._exchanger.mutex:
+            try:
+                study_id = self._replica.study_id_of_trial(record.trial_id)
+                known = self._replica.distribution(study_id, record.param_name)
+            except KeyError:
+                known = None
+        why = "its distribution is incompatible with the one used before."
+        if known is not None:
+            try:
+                check_distribution_compatibility(known, parse_distribution(record.distribution))
+            except ValueError as error:
+                why = f"{error} The study has {known}."
+        return f"Parameter {record.param_name!r}: {why}"
+
+    def _why_finished(self, trial_id: int) -> str:
+        with self._exchanger.mutex:
+            try:
+                name = f"Trial {self._replica.trial_number(trial_id)}"
+            except KeyError:
+                name = f"The trial with id {trial_id}"
+        return f"{name} is finished already and can't be changed any more."
+
+    # --- studies ---------------------------------------------------------------------------------
+
+    def create_new_study(
+        self, directions: Sequence[StudyDirection], study_name: str | None = None
+    ) -> int:
+        codes = checks.direction_codes(directions)
+        if study_name is None:
+            study_name = _STUDY_NAME_PREFIX + str(uuid.uuid4())
+        name = checks.text(study_name, "study_name")
+        record = r.CreateStudy(study_name=name, directions=codes, **self._exchanger.marks())
+        outcome = self._write(record, Wanted(names=frozenset((name,))))
+        if outcome.verdict is not Verdict.ACCEPTED:
+            raise self._refusal(record, outcome)
+        _logger.info("A new study was created with the name %s.", name)
+        return outcome.id
+
+    def delete_study(self, study_id: int) -> None:
+        self._write_study(r.DeleteStudy(study_id=study_id, **self._exchanger.marks()))
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        attr = self._attribute(key, value, "User")
+        self._write_study(
+            r.SetStudyUserAttr(study_id=study_id, user_attr=attr, **self._exchanger.marks())
+        )
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        attr = self._attribute(key, value, "System")
+        self._write_study(
+            r.SetStudySystemAttr(study_id=study_id, system_attr=attr, **self._exchanger.marks())
+        )
+
+    def _attribute(self, key: str, value: Any, whose: str) -> dict[str, Any]:
+        key = checks.text(key, f"{whose} attribute key")
+        return {key: self._attribute_value(value, f"{whose} attribute {key!r}")}
+
+    @property
+    def _attribute_value(self) -> Callable[[Any, str], Any]:
+        return checks.any_value if self._keep_objects else checks.json_value
+
+    @property
+    def _distribution_text(self) -> Callable[[BaseDistribution, str], str]:
+        return checks.object_text if self._keep_objects else checks.distribution_text
+
+    def _write_study(
+        self, record: r.DeleteStudy | r.SetStudyUserAttr | r.SetStudySystemAttr
+    ) -> None:
+        outcome = self._write(record, Wanted(studies=frozenset((record.study_id,))))
+        if outcome.verdict is not Verdict.ACCEPTED:
+            raise self._refusal(record, outcome)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        return self._read(
+            Wanted(names=frozenset((study_name,))), lambda replica: replica.study_id(study_name)
+        )
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        return self._read_constant(study_id, lambda replica: replica.study_name(study_id))
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        return self._read_constant(study_id, lambda replica: replica.directions(study_id))
+
+    def _read_constant(self, study_id: int, answer: Callable[[Replica], _T]) -> _T:
+        """Names and directions never change: once known they need no exchange."""
+        with self._exchanger.mutex:
+            if self._replica.has_study(study_id):
+                return answer(self._replica)
+        return self._read(Wanted(studies=frozenset((study_id,))), answer)
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        attrs = self._read(
+            Wanted(studies=frozenset((study_id,))),
+            lambda replica: replica.study_user_attrs(study_id),
+        )
+        return self._copied_attrs(attrs)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        attrs = self._read(
+            Wanted(studies=frozenset((study_id,))),
+            lambda replica: replica.study_system_attrs(study_id),
+        )
+        return self._copied_attrs(attrs)
+
+    def _copied_attrs(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        return dict(attrs) if self._keep_objects else copy.deepcopy(attrs)
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        studies = self._read(Wanted(catalogue=True), Replica.studies)
+        for study in studies:
+            study.user_attrs = self._copied_attrs(study.user_attrs)
+            study.system_attrs = self._copied_attrs(study.system_attrs)
+        return studies
+
+    # --- trials ----------------------------------------------------------------------------------
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        fields: dict[str, Any]
+        if template_trial is None:
+            fields = {"datetime_start": r.now_text()}
+        else:
+            fields = checks.template_fields(
+                template_trial,
+                len(self.get_study_directions(study_id)),
+                self._attribute_value,
+                self._distribution_text,
+                r.format_time,
+            )
+        record = r.CreateTrial(study_id=study_id, **fields, **self._exchanger.marks())
+        outcome = self._write(record, Wanted(waiting_of=frozenset((study_id,))))
+        if outcome.verdict is not Verdict.ACCEPTED:
+            raise self._refusal(record, outcome)
+        if record.state == r.RUNNING:
+            self._own(outcome.id)
+        return outcome.id
+
+    def set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+    ) -> None:
+        name = checks.text(param_name, "A parameter name")
+        self._write_trial(
+            r.SetTrialParam(
+                trial_id=trial_id,
+                param_name=name,
+                param_value_internal=checks.internal_value(
+                    param_value_internal, distribution, name
+                ),
+                distribution=self._distribution_text(distribution, name),
+                **self._exchanger.marks(),
+            )
+        )
+
+    def set_trial_intermediate_value(
+        self, trial_id: int, step: int, intermediate_value: float
+    ) -> None:
+        self._write_trial(
+            r.SetTrialIntermediateValue(
+                trial_id=trial_id,
+                step=checks.step(step),
+                intermediate_value=checks.intermediate_value(intermediate_value),
+                **self._exchanger.marks(),
+            )
+        )
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        attr = self._attribute(key, value, "User")
+        self._write_trial(
+            r.SetTrialUserAttr(trial_id=trial_id, user_attr=attr, **self._exchanger.marks())
+        )
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        attr = self._attribute(key, value, "System")
+        self._write_trial(
+            r.SetTrialSystemAttr(trial_id=trial_id, system_attr=attr, **self._exchanger.marks())
+        )
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Claim, tell or requeue a trial.
+
+        Returns:
+            True if the state changed; False if the trial to be claimed is RUNNING already.
+
+        Raises:
+            KeyError: There is no such trial.
+            UpdateFinishedTrialError: It is finished, be it by somebody else a moment ago.
+            ValueError: ``values`` hold NaN or are not one per objective.
+        """
+        exchanger = self._exchanger
+        exchanger.raise_rejected(trial_id)
+        code = checks.trial_state(state)
+        now = r.now_text()
+        wanted = Wanted(trials=frozenset((trial_id,)))
+        with exchanger.mutex:
+            known = self._replica.has_trial(trial_id)
+        if not known:
+            exchanger.run((), wanted)
+        record = r.SetTrialStateValues(
+            trial_id=trial_id,
+            state=code,
+            values=checks.objective_values(values, self._n_objectives(trial_id)),
+            datetime_start=now if code == r.RUNNING else None,
+            datetime_complete=now if code in r.FINISHED else None,
+            **self._exchanger.marks(),
+        )
+        judged = self._judge(record, wanted)
+        if judged.verdict is Verdict.ACCEPTED and code != r.RUNNING:
+            self._wait_for_the_asker(trial_id)
+        outcome = self._write(record, wanted, judged)
+        if outcome.verdict is Verdict.LOST:
+            self._fresh.pop(trial_id, None)
+            return False
+        if outcome.verdict is not Verdict.ACCEPTED:
+            raise self._refusal(record, outcome)
+        if code == r.RUNNING:
+            self._own(trial_id)
+        else:
+            with exchanger.mutex:
+                self._owned.pop(trial_id, None)
+                self._fresh.pop(trial_id, None)
+        return True
+
+    def _n_objectives(self, trial_id: int) -> int:
+        with self._exchanger.mutex:
+            if not self._replica.has_trial(trial_id):
+                raise KeyError(f"There is no trial with id {trial_id}.")
+            return len(self._replica.directions(self._replica.study_id_of_trial(trial_id)))
+
+    def _wait_for_the_asker(self, trial_id: int) -> None:
+        """Of another storage's RUNNING trial: what that one put off must arrive first."""
+        with self._exchanger.mutex:
+            foreign = not self._owns(trial_id) and self._replica.is_running(trial_id)
+        if foreign and self._linger_s != math.inf:
+            self._clock.sleep(2 * self._linger_s)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        exchanger = self._exchanger
+        exchanger.raise_rejected(trial_id)
+        with exchanger.mutex:
+            just_made = self._fresh.pop(trial_id, None) == exchanger.n_exchanges
+            if just_made and self._owns(trial_id):
+                return self._replica.trial(trial_id)
+            if self._replica.is_finished(trial_id):
+                return self._replica.finished_trial(trial_id)
+        return self._read(
+            Wanted(trials=frozenset((trial_id,))), lambda replica: replica.trial(trial_id)
+        )
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        trials = self._read(
+            _trials_wanted(study_id, states), lambda replica: replica.trials(study_id, states)
+        )
+        if deepcopy:
+            return [self._copied_trial(trial) for trial in trials]
+        return trials
+
+    def _copied_trial(self, trial: FrozenTrial) -> FrozenTrial:
+        """Distributions are never edited by anybody and are shared."""
+        return FrozenTrial(
+            trial_id=trial._trial_id,
+            number=trial.number,
+            state=trial.state,
+            value=None,
+            values=trial.values,
+            datetime_start=trial.datetime_start,
+            datetime_complete=trial.datetime_complete,
+            params=dict(trial.params),
+            distributions=dict(trial.distributions),
+            user_attrs=copy.deepcopy(trial.user_attrs),
+            system_attrs=copy.deepcopy(trial.system_attrs),
+            intermediate_values=dict(trial.intermediate_values),
+        )
+
+    def get_n_trials(
+        self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None
+    ) -> int:
+        states = (state,) if isinstance(state, TrialState) else state
+        return self._read(
+            _trials_wanted(study_id, states), lambda replica: replica.count(study_id, states)
+        )
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        return self._read(
+            Wanted(trials_of=frozenset((study_id,))),
+            lambda replica: replica.best_trial(study_id),
+        )
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        with self._exchanger.mutex:
+            try:
+                return self._replica.trial_id(study_id, trial_number)
+            except KeyError:
+                pass
+        return self._read(
+            Wanted(numbers=frozenset(((study_id, trial_number),))),
+            lambda replica: replica.trial_id(study_id, trial_number),
+        )
+
+    def get_trial_number_from_id(self, trial_id: int) -> int:
+        with self._exchanger.mutex:
+            if self._replica.has_trial(trial_id):
+                return self._replica.trial_number(trial_id)
+        return self.get_trial(trial_id).number
+
+    def get_trial_param(self, trial_id: int, param_name: str) -> float:
+        trial = self.get_trial(trial_id)
+        if param_name not in trial.distributions:
+            raise KeyError(f"Trial {trial.number} has no parameter {param_name!r}.")
+        return trial.distributions[param_name].to_internal_repr(trial.params[param_name])
+
+    def check_trial_is_updatable(self, trial_id: int, trial_state: TrialState) -> None:
+        """Raises UpdateFinishedTrialError if the given state is a finished one."""
+        if trial_state.is_finished():
+            raise UpdateFinishedTrialError(self._why_finished(trial_id))
+
+
+def _trials_wanted(study_id: int, states: Container[TrialState] | None) -> Wanted:
+    if states == _WAITING_ONLY or states == [TrialState.WAITING]:
+        return Wanted(waiting_of=frozenset((study_id,)))
+    return Wanted(trials_of=frozenset((study_id,)))

@@ -1,0 +1,1 @@
+"""The parts of ``StorageSuite``, one promise's family each."""

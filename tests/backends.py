@@ -1,0 +1,162 @@
+"""The one list of backends, and what each of them can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+import functools
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import BaseJournalBackend
+import pytest
+
+from redis_servers import new_prefix
+from servers import new_database, shared_redis
+import trialstore
+from trialstore import journal
+from trialstore.storage import Storage
+from trialstore.testing.storage_suite import Capabilities, OpenStorage
+
+_JOURNAL = Capabilities()
+_SQLITE = Capabilities(keeps_every_key=False, keeps_negative_zero=False, reuses_ids=True)
+_POSTGRESQL = Capabilities(
+    keeps_every_text=False, keeps_every_key=False, keeps_negative_zero=False
+)
+_MARIADB = Capabilities(
+    keeps_every_text=False,
+    keeps_every_key=False,
+    keeps_negative_zero=False,
+    keeps_microseconds=False,
+    attribute_bytes_max=65_535,
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kind of store.
+
+    Args:
+        name: Of the test parameter.
+        prepare: Makes a new store in a folder and returns what opens it, any number of times;
+            picklable where the store crosses processes.
+        capabilities: Of the store.
+        needs_server: A database server has to be started.
+    """
+
+    name: str
+    prepare: Callable[[Path], OpenStorage]
+    capabilities: Capabilities = _JOURNAL
+    needs_server: bool = False
+    marks: tuple[Any, ...] = field(default=())
+
+
+def open_memory(**options: Any) -> Storage:
+    options.pop("linger_s", None)
+    options.pop("max_staleness_s", None)
+    return trialstore.InMemoryStorage(**options)
+
+
+def open_journal(path: str, lock: str, **options: Any) -> Storage:
+    kinds = {
+        "symlink": journal.JournalFileSymlinkLock,
+        "open": journal.JournalFileOpenLock,
+    }
+    lock_obj = kinds[lock](path) if lock != "default" else None
+    backend = journal.JournalFileBackend(path, lock_obj)
+    return trialstore.JournalStorage(backend, **options)
+
+
+def open_optuna_backend(path: str, **options: Any) -> Storage:
+    backend = optuna.storages.journal.JournalFileBackend(path)
+    return trialstore.JournalStorage(backend, **options)
+
+
+class ListBackend(BaseJournalBackend):
+    """What a user writes: Optuna's two methods, over a list."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        return self.logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs.extend(logs)
+
+
+def open_backend(backend: BaseJournalBackend, **options: Any) -> Storage:
+    return trialstore.JournalStorage(backend, **options)
+
+
+def open_tables(url: str, **options: Any) -> Storage:
+    return trialstore.RDBStorage(url, **options)
+
+
+def _journal(lock: str) -> Callable[[Path], OpenStorage]:
+    return lambda folder: functools.partial(open_journal, str(folder / "journal.log"), lock)
+
+
+def open_redis(url: str, prefix: str, **options: Any) -> Storage:
+    return trialstore.JournalStorage(journal.JournalRedisBackend(url, prefix=prefix), **options)
+
+
+def _redis(folder: Path) -> OpenStorage:
+    return functools.partial(open_redis, shared_redis().url, new_prefix())
+
+
+def _tables(kind: str) -> Callable[[Path], OpenStorage]:
+    return lambda folder: functools.partial(open_tables, new_database(kind, folder))
+
+
+_SERVERS = (pytest.mark.servers,)
+
+BACKENDS = [
+    Backend(
+        "memory",
+        lambda folder: open_memory,
+        Capabilities(shared=False, crosses_processes=False, lingers=False, keeps_objects=True),
+    ),
+    Backend("journal-file", _journal("default")),
+    Backend("journal-file-symlink-lock", _journal("symlink")),
+    Backend("journal-file-open-lock", _journal("open")),
+    Backend(
+        "journal-optuna-file",
+        lambda folder: functools.partial(open_optuna_backend, str(folder / "journal.log")),
+    ),
+    Backend(
+        "journal-custom-backend",
+        lambda folder: functools.partial(open_backend, ListBackend()),
+        Capabilities(crosses_processes=False),
+    ),
+    Backend("sqlite-file", _tables("sqlite"), _SQLITE),
+    Backend(
+        "sqlite-memory",
+        _tables("memory"),
+        Capabilities(
+            shared=False,
+            crosses_processes=False,
+            survives_close=False,
+            keeps_every_key=False,
+            keeps_negative_zero=False,
+            reuses_ids=True,
+        ),
+    ),
+]
+
+SERVER_BACKENDS = [
+    Backend("journal-redis", _redis, _JOURNAL, True, _SERVERS),
+    Backend("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, True, _SERVERS),
+    Backend("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, True, _SERVERS),
+    Backend("mariadb-pymysql", _tables("pymysql"), _MARIADB, True, _SERVERS),
+]
+
+
+def params(choose: Callable[[Backend], bool] = lambda backend: True) -> list[Any]:
+    """For ``pytest.mark.parametrize`` or a fixture's ``params``."""
+    return [
+        pytest.param(backend, id=backend.name, marks=backend.marks)
+        for backend in (*BACKENDS, *SERVER_BACKENDS)
+        if choose(backend)
+    ]

@@ -1,0 +1,88 @@
+"""Plain Optuna workers and ours on one journal file and one SQLite file, at the same time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compat.environments import finish, python_with, run, start
+
+_N_TRIALS = 300
+_ZONES = {"4.4": "America/New_York", "5.0": "Asia/Kolkata"}
+
+
+@pytest.fixture(params=["4.4", "5.0"])
+def version(request: pytest.FixtureRequest) -> str:
+    version: str = request.param
+    return version
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.db'}"
+    return f"journal:{tmp_path / 'journal.log'}"
+
+
+@pytest.fixture
+def python(version: str) -> str:
+    return python_with(version)
+
+
+def _both_dumps(python: str, url: str, zone: str, study: str = "s") -> tuple[Any, Any]:
+    return (
+        run(python, "dump", "optuna", url, study, zone=zone),
+        run(python, "dump", "trialstore", url, study, zone=zone),
+    )
+
+
+@pytest.mark.parametrize("creator", ["optuna", "trialstore"])
+def test_a_fleet_of_both_loses_nothing(python: str, version: str, url: str, creator: str) -> None:
+    zone = _ZONES[version]
+    run(python, "create", creator, url, "s", zone=zone)
+    finish(
+        [
+            start(python, "optimize", kind, url, "s", seed, _N_TRIALS, zone=zone)
+            for seed, kind in enumerate(("optuna", "trialstore"))
+        ]
+    )
+    theirs, ours = _both_dumps(python, url, zone)
+    assert theirs == ours
+    trials = ours["trials"]
+    assert [trial["number"] for trial in trials] == list(range(2 * _N_TRIALS))
+    assert len({trial["id"] for trial in trials}) == 2 * _N_TRIALS
+    by_worker: dict[int, int] = {}
+    for trial in trials:
+        params = dict(trial["params"])
+        echo = trial["user_attrs"]["echo"]
+        expected = {"x": repr(echo["x"]), "n": repr(echo["n"][0]), "choice": repr(echo["choice"])}
+        assert params == expected, f"trial {trial['number']}"
+        assert list(params) == ["x", "n", "choice"]
+        assert [step for step, _ in trial["intermediate_values"]] == [0, 1]
+        assert trial["state"] == ("PRUNED" if echo["n"][0] % 7 == 0 else "COMPLETE")
+        pid = trial["user_attrs"]["pid"]
+        by_worker[pid] = by_worker.get(pid, 0) + 1
+    assert sorted(by_worker.values()) == [_N_TRIALS, _N_TRIALS]
+
+
+@pytest.mark.parametrize("writer", ["optuna", "trialstore"])
+def test_what_one_writes_the_other_reads_equal(
+    python: str, version: str, url: str, writer: str
+) -> None:
+    zone = _ZONES[version]
+    run(python, "write", writer, url, "s", zone=zone)
+    theirs, ours = _both_dumps(python, url, zone)
+    assert ours == theirs
+    assert len(ours["trials"]) == 6
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Kolkata"])
+def test_times_mean_the_same_moment_in_both(
+    python: str, version: str, url: str, zone: str
+) -> None:
+    """Written by ours in one zone, read by both in another."""
+    run(python, "write", "trialstore", url, "s", zone="Europe/Warsaw")
+    theirs, ours = _both_dumps(python, url, zone)
+    assert ours == theirs

@@ -1,0 +1,153 @@
+"""Run by an interpreter of its own: a worker of plain Optuna or of trialstore, on one store.
+
+``python workers.py create|optimize|write|tell|dump KIND URL STUDY [NUMBERS]`` where KIND is
+``optuna`` or ``trialstore`` and URL is ``sqlite:///path`` or ``journal:path``. Prints JSON.
+Imports nothing from the tests, so that any environment with Optuna can run it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+import json
+import math
+import os
+import sys
+from typing import Any
+import warnings
+
+import optuna
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.simplefilter("ignore")
+
+
+def open_storage(kind: str, url: str, **options: Any) -> Any:
+    path = url.partition(":")[2]
+    if kind == "trialstore":
+        import trialstore
+
+        if url.startswith("sqlite"):
+            return trialstore.RDBStorage(url, **options)
+        backend = trialstore.journal.JournalFileBackend(path)
+        return trialstore.JournalStorage(backend, **options)
+    if url.startswith("sqlite"):
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}})
+    backend = optuna.storages.journal.JournalFileBackend(path)
+    return optuna.storages.JournalStorage(backend)
+
+
+def objective(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", -10.0, 10.0)
+    n = trial.suggest_int("n", 1, 1000, log=True)
+    choice = trial.suggest_categorical("choice", ["a", "b", None, 1.5])
+    trial.set_user_attr("pid", os.getpid())
+    trial.set_user_attr("echo", {"x": x, "n": [n], "choice": choice})
+    for step in range(2):
+        trial.report(x + step, step)
+    if n % 7 == 0:
+        raise optuna.TrialPruned
+    return x * x + n
+
+
+def optimize(storage: Any, study_name: str, seed: int, n_trials: int) -> None:
+    study = optuna.load_study(
+        study_name=study_name, storage=storage, sampler=optuna.samplers.RandomSampler(seed=seed)
+    )
+    study.optimize(objective, n_trials=n_trials)
+
+
+def write(storage: Any, study_name: str) -> None:
+    """One trial of each kind, through the public calls."""
+    study = optuna.create_study(
+        study_name=study_name, storage=storage, directions=["minimize", "maximize"]
+    )
+    study.set_user_attr("nested", {"a": [1, 2.5, None, "ż"]})
+    trial = study.ask()
+    trial.suggest_float("float", 1e-5, 1.0, log=True)
+    trial.suggest_float("step", 0.0, 1.0, step=0.1)
+    trial.suggest_int("int", -5, 5)
+    trial.suggest_categorical("choice", [None, True, 1, 2.5, "text"])
+    trial.set_user_attr("attr", {"b": [math.inf, -1e-320]})
+    study.tell(trial, [math.inf, -0.5])
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+    pruned = study.ask()
+    study.tell(pruned, state=optuna.trial.TrialState.PRUNED)
+    study.enqueue_trial({"float": 0.5}, user_attrs={"queued": True})
+    study.ask()
+    study.enqueue_trial({"int": 3})
+    study.add_trial(
+        optuna.trial.create_trial(
+            values=[1.0, 2.0],
+            params={"z": 0.25, "a": "q"},
+            distributions={
+                "z": optuna.distributions.FloatDistribution(0.0, 1.0),
+                "a": optuna.distributions.CategoricalDistribution(["p", "q"]),
+            },
+            intermediate_values={0: 1.0, 5: math.nan},
+            system_attrs={"s": 1},
+        )
+    )
+
+
+def dump(storage: Any, study_name: str) -> dict[str, Any]:
+    """What a user of this storage sees, as JSON; floats by their digits."""
+    study = optuna.load_study(study_name=study_name, storage=storage)
+    return {
+        "directions": [direction.name for direction in study.directions],
+        "user_attrs": study.user_attrs,
+        "system_attrs": storage.get_study_system_attrs(study._study_id),
+        "trials": [
+            {
+                "id": trial._trial_id,
+                "number": trial.number,
+                "state": trial.state.name,
+                "values": None if trial.values is None else [repr(v) for v in trial.values],
+                "start": str(trial.datetime_start),
+                "complete": str(trial.datetime_complete),
+                "params": [[name, repr(value)] for name, value in trial.params.items()],
+                "distributions": {
+                    name: optuna.distributions.distribution_to_json(known)
+                    for name, known in sorted(trial.distributions.items())
+                },
+                "user_attrs": trial.user_attrs,
+                "system_attrs": trial.system_attrs,
+                "intermediate_values": sorted(
+                    [step, repr(value)] for step, value in trial.intermediate_values.items()
+                ),
+            }
+            for trial in study.get_trials(deepcopy=False)
+        ],
+    }
+
+
+def main(argv: list[str]) -> None:
+    task, kind, url, study_name, *numbers = argv
+    # A teller waits for twice its own linger: long, since a busy machine stalls the asker.
+    storage = open_storage(kind, url, **({"linger_s": 0.5} if task == "tell" else {}))
+    if task == "create":
+        optuna.create_study(study_name=study_name, storage=storage)
+    elif task == "optimize":
+        optimize(storage, study_name, *map(int, numbers))
+    elif task == "write":
+        write(storage, study_name)
+    elif task == "tell":
+        tell(storage, study_name, int(numbers[0]))
+    else:
+        json.dump(dump(storage, study_name), sys.stdout)
+    storage.remove_session()
+
+
+def tell(storage: Any, study_name: str, n_trials: int) -> None:
+    """Tell by number each trial whose number comes in on standard input, many at a time."""
+    study = optuna.load_study(study_name=study_name, storage=storage)
+    with ThreadPoolExecutor(16) as pool:
+        told = [
+            pool.submit(study.tell, number, float(number))
+            for number in (int(sys.stdin.readline()) for _ in range(n_trials))
+        ]
+    for result in told:
+        result.result()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,71 @@
+"""Every log keeps the contract of ``Log``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from backends import ListBackend
+from servers import new_database
+from trialstore.logs.backend import BackendLog
+from trialstore.logs.file import FileLog
+from trialstore.logs.filelock import JournalFileOpenLock
+from trialstore.logs.memory import MemoryLog
+from trialstore.logs.relational.log import TablesLog
+from trialstore.testing.log_suite import LogSuite, OpenLog
+
+
+class TestMemoryLog(LogSuite):
+    crosses_processes = False
+
+    @pytest.fixture
+    def open_log(self) -> OpenLog:
+        log = MemoryLog()
+        return lambda: log
+
+
+class TestFileLog(LogSuite):
+    shows_whole_batches = False
+
+    @pytest.fixture
+    def open_log(self, tmp_path: Path) -> OpenLog:
+        return lambda: FileLog(str(tmp_path / "journal.log"))
+
+
+class TestFileLogWithOpenLock(LogSuite):
+    shows_whole_batches = False
+
+    @pytest.fixture
+    def open_log(self, tmp_path: Path) -> OpenLog:
+        path = str(tmp_path / "journal.log")
+        return lambda: FileLog(path, JournalFileOpenLock(path))
+
+
+class TestBackendLogOfAList(LogSuite):
+    crosses_processes = False
+
+    @pytest.fixture
+    def open_log(self) -> OpenLog:
+        backend = ListBackend()
+        return lambda: BackendLog(backend)
+
+
+class TestBackendLogOfOptunasFile(LogSuite):
+    shows_whole_batches = False
+
+    @pytest.fixture
+    def open_log(self, tmp_path: Path) -> OpenLog:
+        path = str(tmp_path / "journal.log")
+        return lambda: BackendLog(optuna.storages.journal.JournalFileBackend(path))
+
+
+class TestTablesLogOnSQLite(LogSuite):
+    keeps_negative_zero = False
+    keeps_every_key = False
+
+    @pytest.fixture
+    def open_log(self, tmp_path: Path) -> OpenLog:
+        url = new_database("sqlite", tmp_path)
+        return lambda: TablesLog(url)

@@ -1,0 +1,30 @@
+"""What all tests share: quiet Optuna, and the options of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import optuna
+import pytest
+
+pytest.register_assert_rewrite("trialstore.testing")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="also run the long tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--soak"):
+        return
+    for item in items:
+        if "soak" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="long; run with --soak"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_optuna() -> Iterator[None]:
+    """A test may turn Optuna's logging up; the next one begins quiet."""
+    yield
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -1,0 +1,575 @@
+"""The journal file under kills, stops, full disks and failing syncs; soak: more of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import errno
+import itertools
+import json
+import os
+from pathlib import Path
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+import optuna
+from optuna.storages.journal import (
+    JournalFileBackend as OptunaFileBackend,
+    JournalFileSymlinkLock as OptunaSymlinkLock,
+)
+import pytest
+
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.log import NOTHING, START
+from trialstore.logs import file as file_module, filelock
+from trialstore.logs.file import FileLog
+from trialstore.logs.filelock import JournalFileOpenLock, JournalFileSymlinkLock
+from trialstore.records import (
+    AnyOperation,
+    CreateStudy,
+    CreateTrial,
+    SetTrialUserAttr,
+    encode_line,
+    to_journal_dict,
+)
+
+_TIME = "2026-01-02T03:04:05.678901+00:00"
+_DEADLINE_S = 120.0
+KINDS = {"link": JournalFileSymlinkLock, "o_excl": JournalFileOpenLock}
+
+
+def study() -> CreateStudy:
+    return CreateStudy(worker_id="w", seq=0, study_name="s", directions=[1])
+
+
+def trial(seq: int, worker: str = "w") -> CreateTrial:
+    return CreateTrial(worker_id=worker, seq=seq, study_id=0, datetime_start=_TIME)
+
+
+def attr(seq: int, value: Any) -> SetTrialUserAttr:
+    return SetTrialUserAttr(worker_id="w", seq=seq, trial_id=0, user_attr={"key": value})
+
+
+def read_all(path: Path) -> list[AnyOperation]:
+    return list(FileLog(str(path)).exchange([], START, NOTHING).news)  # type: ignore[arg-type]
+
+
+def assert_optuna_reads(path: Path, count: int) -> None:
+    """A plain Optuna worker opens the journal and sees as many records, or more by now."""
+    assert len(list(OptunaFileBackend(str(path)).read_logs(0))) >= count
+    optuna.storages.JournalStorage(OptunaFileBackend(str(path)))
+
+
+def left_over(path: Path, lock: Any) -> set[str]:
+    """What lies beside the journal that should not."""
+    expected = {str(path), f"{path}.lock.queue", lock._owner_path}
+    return {str(other) for other in path.parent.iterdir()} - expected
+
+
+# --- kills ---------------------------------------------------------------------------------------
+
+
+def append_for_ever(path: str, name: str, kind: str, said: int) -> None:
+    """Append batches of two, and say the number of the last record that has come back."""
+    optunas = OptunaFileBackend(path)
+    ours = FileLog(path, None if kind == "optuna" else KINDS[kind](path))
+    cursor = START
+    for seq in itertools.count(step=2):
+        records = [
+            trial(seq, name),
+            SetTrialUserAttr(
+                worker_id=name, seq=seq + 1, trial_id=0, user_attr={"key": "x" * (seq % 5000)}
+            ),
+        ]
+        if kind == "optuna":
+            optunas.append_logs([to_journal_dict(record) for record in records])
+        else:
+            cursor = ours.exchange(records, cursor, NOTHING).cursor
+        os.write(said, b"%d\n" % (seq + 1))
+
+
+class Worker:
+    """A process that appends until it is killed. Forked: to start 300 Pythons takes too long."""
+
+    def __init__(self, path: Path, name: str, kind: str, folder: Path) -> None:
+        self.name = name
+        self._said = folder / f"{name}.said"
+        said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                append_for_ever(str(path), name, kind, said)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(said)
+
+    def said(self) -> list[str]:
+        """One number a line, as far as lines are whole."""
+        return self._said.read_text().split("\n")[:-1]
+
+    def gets_on(self, than: int) -> None:
+        """Wait until it has said more than so many lines."""
+        give_up_at = time.monotonic() + _DEADLINE_S
+        while len(self.said()) <= than:
+            assert os.waitpid(self._pid, os.WNOHANG) == (0, 0), f"{self.name} ended by itself"
+            assert time.monotonic() < give_up_at, f"{self.name} does not get on"
+            time.sleep(0.002)
+
+    def kill(self) -> int:
+        """Kill it; the greatest sequence number that it was told is in the journal."""
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        return max(map(int, self.said()), default=-1)
+
+
+def run_fleet(path: Path, folder: Path, kinds: list[str], kills: int, seed: str) -> None:
+    """Kill members of the fleet at random moments and replace them; then check the journal."""
+    FileLog(str(path)).exchange([study()], START, NOTHING)
+    rng = random.Random(seed)
+    names = itertools.count()
+    acknowledged: dict[str, int] = {}
+
+    def start(kind: str) -> tuple[str, Worker]:
+        return kind, Worker(path, f"w{next(names)}", kind, folder)
+
+    fleet = [start(kind) for kind in kinds]
+    # A killed plain Optuna worker may leave its lock file, which stands for 30 s, its grace
+    # period. That is not ours to shorten, so it lives to the end.
+    mortals = [place for place, kind in enumerate(kinds) if kind != "optuna"]
+    try:
+        for _ in range(kills):
+            time.sleep(rng.uniform(0, 0.02))  # where in its loop the victim is
+            victim = rng.choice(mortals)
+            kind, worker = fleet[victim]
+            acknowledged[worker.name] = worker.kill()
+            others = [other for _, other in fleet if other is not worker]
+            said = [len(other.said()) for other in others]
+            # Everybody else gets on: a dead owner's lock keeps nobody waiting. What was on its
+            # way when it was killed does not tell, hence one more.
+            began_at = time.monotonic()
+            for other, than in zip(others, said, strict=True):
+                other.gets_on(than + 1)
+            assert time.monotonic() - began_at < 20, "waited as for a grace period"
+            fleet[victim] = start(kind)
+    finally:
+        for _, worker in fleet:
+            acknowledged[worker.name] = worker.kill()
+    found: dict[str, list[int]] = {}
+    records = read_all(path)
+    for record in records:
+        found.setdefault(record.worker_id, []).append(record.seq)
+    for name, last in acknowledged.items():
+        seqs = found.get(name, [])
+        assert seqs == list(range(len(seqs))), f"{name}: a hole or a double"
+        assert len(seqs) > last, f"{name}: record {last} was acknowledged and is lost"
+    # What the last victim left goes with the next append, and then Optuna reads it all.
+    Path(f"{path}.lock").unlink(missing_ok=True)  # of the plain worker, whose grace is 30 s
+    FileLog(str(path)).exchange([trial(0, "last")], START, NOTHING)
+    assert_optuna_reads(path, len(records) + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("crowd", ["ours", "a plain Optuna among them"])
+def test_killed_at_random_moments(tmp_path: Path, kind: str, crowd: str) -> None:
+    kinds = [kind, kind, kind, kind if crowd == "ours" else "optuna"]
+    run_fleet(tmp_path / "journal", tmp_path, kinds, 15, f"{kind} {crowd}")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("crowd", ["ours", "a plain Optuna among them"])
+def test_killed_300_times(tmp_path: Path, kind: str, crowd: str) -> None:
+    kinds = [kind, kind, kind, kind if crowd == "ours" else "optuna"]
+    for part in range(6):  # a file each, so that replaying what is there stays cheap
+        folder = tmp_path / str(part)
+        folder.mkdir()
+        run_fleet(folder / "journal", folder, kinds, 50, f"{kind} {crowd} {part}")
+
+
+# --- a crash between any two system calls --------------------------------------------------------
+
+_WRITING = ("open", "write", "pwrite", "link", "unlink", "rename", "replace", "fdatasync")
+
+
+class Crash:
+    """In a forked child: end the process before its n-th call that changes something.
+
+    The call itself may be done by half first, if it writes.
+    """
+
+    def __init__(self, after: int, by_half: bool) -> None:
+        self._left = after
+        self._by_half = by_half
+        for name in _WRITING:
+            setattr(os, name, self._counted(name, getattr(os, name)))
+
+    def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if self._left == 0:
+                if self._by_half and name in ("write", "pwrite"):
+                    fd, data, *rest = args
+                    original(fd, bytes(data)[: len(data) // 2], *rest)
+                os._exit(77)
+            self._left -= 1
+            return original(*args, **options)
+
+        return call
+
+
+def crashes(act: Callable[[], None], prepare: Callable[[], None]) -> Iterator[bool]:
+    """Let a child ``act`` and crash ever later, until it does not; yields whether it crashed."""
+    for by_half in (False, True):
+        for after in itertools.count():
+            prepare()
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    Crash(after, by_half)
+                    act()
+                    status = 0
+                finally:
+                    os._exit(status)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status in (0, 77)
+            yield status == 77
+            if status == 0:
+                break
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("torn", [b"", b'{"op_code":8,"worker_id":"w', b"glued"])
+@pytest.mark.parametrize("space_low", [False, True])
+def test_a_crash_between_any_two_calls_of_an_append(
+    tmp_path: Path, kind: str, torn: bytes, space_low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if space_low:
+        monkeypatch.setattr(file_module, "_SPACE_LOW_BYTES", 1 << 60)
+    path = tmp_path / "journal"
+    before: list[AnyOperation] = [study(), trial(1)]
+    if torn == b"glued":
+        torn = b'{"op_code":8,"wor' + encode_line(trial(2))
+        before.append(trial(2))
+    new = [trial(3), attr(4, "x" * 300), trial(5)]
+
+    def prepare() -> None:
+        for left in tmp_path.iterdir():
+            left.unlink()
+        path.write_bytes(encode_line(study()) + encode_line(trial(1)) + torn)
+
+    def act() -> None:
+        FileLog(str(path), KINDS[kind](str(path))).exchange(new, START, NOTHING)
+
+    for crashed in crashes(act, prepare):
+        found = read_all(path)
+        count = len(found) - len(before)
+        assert found == before + new[:count]
+        if not crashed:
+            assert count == len(new)
+        # The next one waits for nobody, repairs, and everybody reads the same.
+        lock = KINDS[kind](str(path))
+        lock._clock = Impatient()
+        FileLog(str(path), lock).exchange([trial(9)], START, NOTHING)
+        assert read_all(path) == [*found, trial(9)]
+        assert_optuna_reads(path, len(found) + 1)
+        assert left_over(path, lock) == set()
+
+
+class Impatient(filelock.Clock):
+    def sleep(self, duration_s: float) -> None:
+        raise AssertionError("waited for a dead process")
+
+
+def test_a_crash_between_any_two_calls_of_a_snapshot(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    cursor = FileLog(str(path)).exchange([study()], START, NOTHING).cursor
+
+    def prepare() -> None:
+        assert FileLog(str(path)).save_snapshot(lambda: (b"old" * 1000, cursor))
+
+    def act() -> None:
+        FileLog(str(path)).save_snapshot(lambda: (b"new" * 1000, cursor))
+
+    for crashed in crashes(act, prepare):
+        loaded = FileLog(str(path)).load_snapshot()
+        assert loaded is not None
+        assert bytes(loaded[0]) in (
+            (b"old" * 1000, b"new" * 1000) if crashed else (b"new" * 1000,)
+        )
+
+
+# --- stops ---------------------------------------------------------------------------------------
+
+_STOPPED_IN_THE_MIDDLE = """
+import sys
+from trialstore.log import NOTHING, START
+from trialstore.logs.file import FileLog
+from trialstore.logs import filelock
+from trialstore.records import CreateTrial
+path = sys.argv[1]
+log = FileLog(path, getattr(filelock, sys.argv[2])(path))
+original = log._write
+def write(data, end):
+    print("holding", flush=True)
+    sys.stdin.readline()
+    return original(data, end)
+log._write = write
+time = "2026-01-02T03:04:05.678901+00:00"
+batch = log.exchange(
+    [CreateTrial(worker_id="stopped", seq=0, study_id=0, datetime_start=time)], START, NOTHING
+)
+print(len(batch.news), flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("evictor", ["ours", "plain Optuna"])
+def test_a_holder_stopped_past_the_grace_period_loses_nothing(
+    tmp_path: Path, kind: str, evictor: str
+) -> None:
+    path = tmp_path / "journal"
+    FileLog(str(path)).exchange([study()], START, NOTHING)
+    with path.open("ab") as file:
+        file.write(b'{"op_code":5,"tor')  # which the stopped one has found and repaired
+    stopped = subprocess.Popen(
+        [sys.executable, "-c", _STOPPED_IN_THE_MIDDLE, str(path), KINDS[kind].__name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert stopped.stdout is not None
+        assert stopped.stdout.readline() == "holding\n"
+        stopped.send_signal(signal.SIGSTOP)
+        if evictor == "ours":
+            with pytest.warns(UserWarning, match="grace_period"):
+                lock = KINDS[kind](str(path), grace_period=1)
+            FileLog(str(path), lock).exchange([trial(1)], START, NOTHING)
+        else:
+            OptunaSymlinkLock(str(path)).release()  # as its waiters do after their grace period
+            OptunaFileBackend(str(path)).append_logs([json.loads(encode_line(trial(1)))])
+        stopped.send_signal(signal.SIGCONT)
+        output, _ = stopped.communicate("\n", timeout=_DEADLINE_S)
+        assert output == "3\n", "it sees what came before it"
+    finally:
+        stopped.kill()
+        stopped.communicate()
+    assert [record.worker_id for record in read_all(path)] == ["w", "w", "stopped"]
+    assert_optuna_reads(path, 3)
+
+
+# --- full disks and failing calls ----------------------------------------------------------------
+
+
+def fill(path: Path, records: list[AnyOperation], room: int) -> BaseException | None:
+    """Append in a child whose files may grow by ``room`` bytes only; the error's name and text.
+
+    ``RLIMIT_FSIZE`` makes the kernel write as much as fits and fail then, as a full disk does.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            limit = path.stat().st_size + room
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            log = FileLog(str(path))
+            log._acquire()  # the lock's own small files are not limited here
+            log._release()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                log.exchange(records, START, NOTHING)  # type: ignore[arg-type]
+                os.write(write_end, b"none")
+            except BaseException as error:
+                os.write(write_end, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as said:
+        name = said.read()
+    os.waitpid(child, 0)
+    errors = {"none": None, "LogUnavailableError": LogUnavailableError("")}
+    errors["OutcomeUnknownError"] = OutcomeUnknownError("")
+    return errors[name]
+
+
+@pytest.mark.parametrize("space_low", [False, True], ids=["surprise", "seen coming"])
+def test_full_at_every_byte_of_a_batch(
+    tmp_path: Path, space_low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_module, "_SPACE_LOW_BYTES", 1 << 60 if space_low else 0)
+    path = tmp_path / "journal"
+    before: list[AnyOperation] = [study(), attr(0, "x" * 2000)]  # larger than a lock file
+    new: list[AnyOperation] = [trial(1), trial(2)]
+    whole = b"".join(map(encode_line, before))
+    lengths = list(itertools.accumulate(len(encode_line(record)) for record in new))
+    for room in range(0, lengths[-1] + 1, 7):
+        path.write_bytes(whole)
+        error = fill(path, new, room)
+        count = sum(length <= room for length in lengths)
+        if room >= lengths[-1]:
+            assert error is None
+        elif space_low or not count:
+            assert isinstance(error, LogUnavailableError)
+            count = 0
+        else:
+            assert isinstance(error, OutcomeUnknownError)
+        assert read_all(path) == before + new[:count]
+        # Work goes on when there is space.
+        FileLog(str(path)).exchange([trial(9)], START, NOTHING)
+        assert read_all(path) == [*before, *new[:count], trial(9)]
+        assert_optuna_reads(path, len(before) + count + 1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_write_that_fails_is_unavailable(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    log = FileLog(str(path))
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    original = os.write
+
+    def refuse(fd: int, data: bytes) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(LogUnavailableError, match=str(path)):
+        log.exchange([trial(1)], cursor, NOTHING)
+    monkeypatch.setattr(os, "write", original)
+    assert left_over(path, log._lock) == set()
+    assert log.exchange([trial(2)], cursor, NOTHING).news == [trial(2)]
+
+
+def test_a_failed_sync_is_no_success_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    log = FileLog(str(path))
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    events: list[tuple[str, Any]] = []
+    fails = True
+
+    def sync(fd: int) -> None:
+        events.append(("sync", fails))
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    pwrite = os.pwrite
+
+    def traced(fd: int, data: bytes, offset: int) -> int:
+        events.append(("again", bytes(data)))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(file_module, "sync_fd", sync)
+    monkeypatch.setattr(os, "pwrite", traced)
+    cursor = log.exchange([attr(1, 1)], cursor, NOTHING).cursor  # not synced by itself
+    with pytest.raises(OutcomeUnknownError, match="not synced"):
+        log.exchange([trial(2)], cursor, NOTHING)
+    with pytest.raises(OutcomeUnknownError, match="not synced"):
+        log.exchange([trial(3)], cursor, NOTHING)
+    fails = False
+    events.clear()
+    news = log.exchange([trial(4)], cursor, NOTHING).news
+    assert news == [trial(2), trial(3), trial(4)]
+    # Whatever the failed syncs left out is dirty again before the one that succeeds.
+    again = [encode_line(record) for record in (attr(1, 1), trial(2), trial(3))]
+    assert events == [*(("again", line) for line in again), ("sync", False)]
+    events.clear()
+    log.exchange([trial(5)], cursor, NOTHING)
+    assert events == [("sync", False)]
+    assert len(read_all(path)) == 6
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    log = FileLog(str(path))
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    log.save_snapshot(lambda: (b"old", cursor))
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(LogUnavailableError, match="snapshot"):
+            log.save_snapshot(lambda: (b"new", cursor))
+    assert log.load_snapshot() == (b"old", cursor)
+    assert not (tmp_path / "journal.snapshot.new").exists()
+
+
+# --- crowds --------------------------------------------------------------------------------------
+
+_OPEN = """
+import sys
+from trialstore.log import NOTHING, START
+from trialstore.logs.file import FileLog
+from trialstore.records import CreateStudy
+sys.stdin.readline()
+log = FileLog(sys.argv[1])
+record = CreateStudy(worker_id=sys.argv[2], seq=0, study_name="s", directions=[1])
+log.exchange([record], START, NOTHING)
+"""
+
+
+def run_crowd(path: Path, count: int) -> None:
+    crowd = [
+        subprocess.Popen(
+            [sys.executable, "-c", _OPEN, str(path), str(name)], stdin=subprocess.PIPE
+        )
+        for name in range(count)
+    ]
+    for process in crowd:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    for process in crowd:
+        process.communicate(timeout=_DEADLINE_S)
+        assert process.returncode == 0
+    assert sorted(int(record.worker_id) for record in read_all(path)) == list(range(count))
+    assert_optuna_reads(path, count)
+
+
+def test_12_processes_open_a_path_that_does_not_exist_yet(tmp_path: Path) -> None:
+    run_crowd(tmp_path / "journal", 12)
+
+
+def test_12_processes_meet_the_lock_of_a_dead_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    child = os.fork()
+    if child == 0:
+        JournalFileSymlinkLock(str(path)).acquire()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert Path(f"{path}.lock").exists()
+    run_crowd(path, 12)
+
+
+@pytest.mark.soak
+def test_50_processes_open_a_path_that_does_not_exist_yet(tmp_path: Path) -> None:
+    run_crowd(tmp_path / "journal", 50)
+
+
+def test_a_read_that_fails_after_the_write_is_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = FileLog(str(tmp_path / "journal"))
+
+    def broken(end: int) -> int:
+        if end:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return 0
+
+    monkeypatch.setattr(log, "_read_identity", broken)
+    with pytest.raises(OutcomeUnknownError, match="appended, but"):
+        log.exchange([study()], START, NOTHING)
+    monkeypatch.undo()
+    assert log.exchange([], START, NOTHING).news == [study()]

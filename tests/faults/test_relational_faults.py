@@ -1,0 +1,304 @@
+"""Lost answers, killed servers, forks and crowds: applied exactly once, and nobody the wiser.
+
+A fault is put between the log and its driver: ``Session.run`` does the work, or does not, and then
+the connection is gone. That is what a cut cable looks like from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.test_relational_basics import Model, claim, param, tell, time, verdicts
+
+from servers import new_database, shared_mariadb, shared_postgresql
+from trialstore import records as r
+from trialstore.clock import Clock
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.log import NOTHING, Wanted
+from trialstore.logs.relational import TablesLog
+from trialstore.logs.relational.dialects import Rows, Session, Step
+
+DRIVERS = [
+    pytest.param(kind, marks=pytest.mark.servers) for kind in ("psycopg", "psycopg2", "pymysql")
+]
+KINDS = ["sqlite", *DRIVERS]
+
+
+class SteppingClock(Clock):
+    """Sleeping moves it and takes no time."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def sleep(self, duration_s: float) -> None:
+        self.time_s += duration_s
+
+
+def cut(model: Model, at: int, *, applied: bool) -> Callable[[], bool]:
+    """Break the connection at the ``at``-th message from now, before or after it is applied.
+
+    Returns:
+        Whether it has happened.
+    """
+    log = model.log
+    session = log._connected()
+    count = [0]
+    real = type(session).run
+
+    def run(self: Session, steps: Sequence[Step]) -> list[Rows]:
+        count[0] += 1
+        if count[0] != at:
+            return real(self, steps)
+        if applied:
+            real(self, steps)
+        self.raw.close()
+        raise ConnectionResetError("cut by the test")
+
+    session.run = run.__get__(session)  # type: ignore[method-assign]
+    return lambda: count[0] >= at
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_each_message_of_a_call_is_lost_once(
+    kind: str, applied: bool, stepwise: bool, tmp_path: Path
+) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    pair = {"params": {(study_id, "x")}} if stepwise else {}
+    at = 0
+    while True:
+        at += 1
+        queued = one.queue(study_id)
+        running = one.trial(study_id)
+        happened = cut(one, at, applied=applied)
+        new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
+        made = r.CreateStudy(worker_id="w", study_name=f"n{at}", directions=[1])
+        outcomes = one.do(
+            made, new, claim(queued), param(running, "x"), tell(running, 1.0), **pair
+        )
+        assert verdicts(outcomes) == ["ACCEPTED"] * 5
+        assert one.studies[outcomes[0].id].study_name == f"n{at}"
+        assert one.trials[outcomes[1].id].study_id == study_id
+        assert one.trials[queued].state == r.RUNNING
+        if not happened():
+            break
+    assert at >= (3 if stepwise else 2)
+    trials = Model(url).read(study_id)
+    assert [x.number for x in trials] == list(range(3 * at)), "no ghost and no gap"
+    assert sum(x.state == r.COMPLETE for x in trials) == at
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_a_transaction_given_up_for_lost_and_run_later_is_turned_away(
+    kind: str, tmp_path: Path
+) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    session = one.log._connected()
+    late: list[Sequence[Step]] = []
+    real = type(session).run
+
+    def run(self: Session, steps: Sequence[Step]) -> list[Rows]:
+        late.append(steps)
+        self.raw.close()
+        raise ConnectionResetError("cut by the test")
+
+    session.run = run.__get__(session)  # type: ignore[method-assign]
+    one.trial(study_id)
+    with pytest.raises(Exception):  # noqa: B017 - the driver's own
+        real(one.log._connected(), late[0])
+    one.log._rollback()
+    assert [x.number for x in one.read(study_id)] == [0]
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_without_the_mark_nothing_is_tried_again_blindly(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    for at in (1, 2, 3, 4):
+        one.log._connected()
+        one.log._has_mark = False
+        happened = cut(one, at, applied=True)
+        new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
+        try:
+            one.do(new)
+        except OutcomeUnknownError:
+            assert happened()
+            break
+    else:
+        pytest.fail("the COMMIT was among these messages")
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_unreachable_for_good_names_the_cause_and_no_password(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    port = url.split("127.0.0.1:")[1].split("/")[0]
+    with pytest.raises(LogUnavailableError) as caught:
+        TablesLog(url.replace(port, "1"), clock=SteppingClock())
+    assert caught.value.__cause__ is not None
+    assert "s3cret" not in f"{caught.value!r}{caught.value.__cause__!r}"
+    wrong = url.replace("s3cret", "wr0ng-pass").replace("optuna:", "nobody:")
+    with pytest.raises(LogUnavailableError) as caught:
+        TablesLog(wrong, clock=SteppingClock())
+    assert "wr0ng-pass" not in str(caught.value)
+    assert "s3cret" not in repr(TablesLog(url))
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_a_killed_server_that_comes_back(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    server = shared_mariadb() if kind == "pymysql" else shared_postgresql()
+    one = Model(url)
+    study_id = one.study()
+    for i in range(3):
+        trial_id = one.trial(study_id)
+        server.kill()
+        server.start()
+        assert verdicts(one.do(param(trial_id, "x"), tell(trial_id, float(i)))) == ["ACCEPTED"] * 2
+    trials = Model(url).read(study_id)
+    assert [(x.number, x.state, x.values) for x in trials] == [
+        (i, r.COMPLETE, [float(i)]) for i in range(3)
+    ]
+
+
+def _in_child(log: TablesLog, study_id: int, answers: Any) -> None:
+    made = log.exchange(
+        [r.CreateTrial(worker_id="c", study_id=study_id, datetime_start=time(1))], None, NOTHING
+    )
+    log.close()
+    answers.put(made.outcomes[0].id if made.outcomes else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fork_with_an_open_log(kind: str, tmp_path: Path) -> None:
+    one = Model(new_database(kind, tmp_path))
+    study_id = one.study()
+    one.trial(study_id)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_in_child, args=(one.log, study_id, answers))
+    child.start()
+    theirs = answers.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
+    mine = one.trial(study_id)
+    assert theirs != mine
+    assert [x.number for x in one.read(study_id)] == [0, 1, 2]
+
+
+def _open_and_create(url: str, gate: Any, answers: Any) -> None:
+    try:
+        gate.wait()
+        log = TablesLog(url)
+        made = log.exchange(
+            [r.CreateStudy(worker_id="w", study_name="s", directions=[1])], None, NOTHING
+        )
+        log.close()
+        answers.put(made.outcomes[0].verdict.name if made.outcomes else "?")
+    except BaseException as error:
+        answers.put(repr(error))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_processes_open_an_empty_database(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    n = 50 if kind == "sqlite" else 12
+    context = multiprocessing.get_context("fork")
+    gate, answers = context.Barrier(n), context.Queue()
+    args = (url, gate, answers)
+    children = [context.Process(target=_open_and_create, args=args) for _ in range(n)]
+    for child in children:
+        child.start()
+    found = sorted(answers.get(timeout=120) for _ in children)
+    for child in children:
+        child.join()
+    assert found == ["ACCEPTED", *["DUPLICATED_STUDY"] * (n - 1)]
+
+
+def _work(url: str, study_id: int, n: int, answers: Any) -> None:
+    try:
+        log = TablesLog(url)
+        cursor = None
+        for _ in range(n):
+            new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
+            batch = log.exchange([new], cursor, Wanted(waiting_of=frozenset({study_id})))
+            assert batch.outcomes is not None
+            trial_id = batch.outcomes[0].id
+            batch = log.exchange(
+                [param(trial_id, "x"), tell(trial_id, 1.0)], batch.cursor, NOTHING
+            )
+            cursor = batch.cursor
+        log.close()
+        answers.put("done")
+    except BaseException as error:
+        answers.put(repr(error))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sixteen_processes_on_one_study(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    args = (url, study_id, 10, answers)
+    children = [context.Process(target=_work, args=args) for _ in range(16)]
+    for child in children:
+        child.start()
+    assert [answers.get(timeout=200) for _ in children] == ["done"] * 16
+    for child in children:
+        child.join()
+    trials = one.read(study_id)
+    assert [x.number for x in trials] == list(range(160))
+    assert {x.state for x in trials} == {r.COMPLETE}
+
+
+def test_two_durable_commits_a_trial_on_sqlite(tmp_path: Path) -> None:
+    one = Model(new_database("sqlite", tmp_path))
+    study_id = one.study()
+    before = one.log.durable_commits
+    trial_id = one.trial(study_id)
+    one.do(param(trial_id, "x"))
+    one.do(trials={trial_id})
+    one.do(tell(trial_id, 1.0))
+    assert one.log.durable_commits - before == 2
+    raw = one.log._connected().raw
+    assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_an_existing_file_keeps_its_journal_mode(tmp_path: Path) -> None:
+    import sqlite3
+
+    path = tmp_path / "old.db"
+    raw = sqlite3.connect(path)
+    raw.execute("CREATE TABLE mine (x)")
+    raw.commit()
+    raw.close()
+    log = TablesLog(f"sqlite:///{path}")
+    assert log._connected().raw.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_version_is_refused_with_what_to_run(kind: str, tmp_path: Path) -> None:
+    import sqlalchemy as sa
+
+    url = new_database(kind, tmp_path)
+    log = TablesLog(url)
+    for version, advice in (("v3.0.0.d", "storage upgrade"), ("v9.9.9.a", "pip install -U")):
+        with log.engine.begin() as connection:
+            connection.execute(sa.text(f"UPDATE alembic_version SET version_num='{version}'"))
+        with pytest.raises(RuntimeError, match=advice):
+            TablesLog(url)
+        TablesLog(url, skip_compatibility_check=True).close()

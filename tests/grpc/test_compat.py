@@ -1,0 +1,120 @@
+"""Plain Optuna workers, of this environment and of Optuna 4.4, beside ours on one server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import optuna
+import pytest
+
+from grpc_servers import open_grpc, serve, served_url
+from trialstore.testing.contents import study_contents
+
+_ROOT = Path(__file__).parents[2]
+
+_WORKER = """
+import sys, warnings
+import optuna
+warnings.simplefilter("ignore")
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+storage = optuna.storages.GrpcStorageProxy(port=int(sys.argv[1]))
+study = optuna.load_study(study_name="s", storage=storage)
+def objective(trial):
+    x = trial.suggest_float("x", 0, 1)
+    y = trial.suggest_int("y", 1, 64, log=True)
+    z = trial.suggest_categorical("z", ["a", None, 3])
+    trial.set_user_attr("version", optuna.__version__)
+    trial.set_user_attr("odd", [1, {"k": None}, float("inf")])
+    trial.report(x, 0)
+    trial.report(float("nan"), 1)
+    if trial.number % 3 == 0:
+        raise optuna.TrialPruned
+    return x * y
+study.optimize(objective, n_trials=int(sys.argv[2]))
+study.set_user_attr(optuna.__version__, len(study.trials))
+"""
+
+
+def _python_44() -> str:
+    path = os.environ.get("TRIALSTORE_OPTUNA44_PYTHON", f"{_ROOT}/.venv-optuna44/bin/python")
+    probe = "import grpc, google.protobuf, optuna; assert optuna.__version__.startswith('4.4')"
+    if not Path(path).exists() or subprocess.run([path, "-c", probe], check=False).returncode:
+        pytest.skip("no environment with Optuna 4.4 and grpcio; see make test")
+    return path
+
+
+def _run_worker(python: str, port: int, n_trials: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        [python, "-c", _WORKER, str(port), str(n_trials)],
+        check=True,
+        timeout=240,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("version", ["installed", "4.4"])
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "in-process"])
+def test_a_stock_worker_and_ours_work_on_one_study(
+    version: str, kind: str, tmp_path: Path
+) -> None:
+    python = sys.executable if version == "installed" else _python_44()
+    port = serve(served_url(kind, tmp_path))
+    with contextlib.closing(open_grpc(port)) as storage:
+        study = optuna.create_study(study_name="s", storage=storage)
+        study.enqueue_trial({"x": 0.25, "y": 4, "z": None})
+        _run_worker(python, port, 8)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=8)
+        _run_worker(python, port, 4)
+        trials = study.trials
+        assert [trial.number for trial in trials] == list(range(20))
+        assert all(trial.state.is_finished() for trial in trials)
+        assert trials[0].params == {"x": 0.25, "y": 4, "z": None}
+        assert [len(trial.params) for trial in trials] == [3] * 8 + [1] * 8 + [3] * 4
+        assert trials[1].user_attrs["odd"] == [1, {"k": None}, float("inf")]
+        assert set(trials[1].intermediate_values) == {0, 1}
+        with contextlib.closing(open_grpc(port)) as other:
+            assert study_contents(other, study._study_id) == study_contents(
+                storage, study._study_id
+            )
+
+
+def test_our_client_and_a_stock_one_work_on_a_stock_server() -> None:
+    port = serve("optuna+memory://", stock=True)
+    with contextlib.closing(open_grpc(port)) as storage:
+        study = optuna.create_study(study_name="s", storage=storage)
+        study.enqueue_trial({"x": 0.25, "y": 4, "z": None})
+        _run_worker(sys.executable, port, 5)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=5, n_jobs=2)
+        _run_worker(sys.executable, port, 5)
+        assert [trial.number for trial in study.trials] == list(range(15))
+        assert all(trial.state.is_finished() for trial in study.trials)
+        assert [len(trial.params) for trial in study.trials] == [3] * 5 + [1] * 5 + [3] * 5
+
+
+def test_both_packages_messages_live_in_one_process() -> None:
+    """They have the same names, and protobuf's default pool has each name once."""
+    from optuna.storages._grpc.auto_generated import api_pb2
+
+    from trialstore.logs.grpc.generated import optuna_pb2
+
+    message = api_pb2.Trial(trial_id=3, params={"x": 1.5}, values=[0.5])
+    same = optuna_pb2.Trial.FromString(message.SerializeToString())
+    assert (same.trial_id, dict(same.params), list(same.values)) == (3, {"x": 1.5}, [0.5])
+
+
+def test_the_service_is_optuna_s_field_for_field() -> None:
+    from google.protobuf.descriptor_pb2 import FileDescriptorProto
+    from optuna.storages._grpc.auto_generated import api_pb2
+
+    from trialstore.logs.grpc.generated import optuna_pb2
+
+    theirs, ours = FileDescriptorProto(), FileDescriptorProto()
+    api_pb2.DESCRIPTOR.CopyToProto(theirs)
+    optuna_pb2.DESCRIPTOR.CopyToProto(ours)
+    ours.name = theirs.name
+    assert ours == theirs

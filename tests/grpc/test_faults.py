@@ -1,0 +1,327 @@
+"""Lost replies, killed servers, cut networks: a write is applied once, and nobody is told."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from pathlib import Path
+import pickle
+import random
+import threading
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+import pytest
+
+from grpc_servers import KillableServer, open_grpc, serve, served_url
+from servers import free_port
+from trialstore import records as r
+from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnknownError
+from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
+from trialstore.logs.grpc import payload
+from trialstore.logs.grpc.client import GrpcLog
+from trialstore.logs.grpc.sharing import JudgedShare, Request, SequentialShare, share_of
+from trialstore.logs.memory import MemoryLog
+from trialstore.logs.relational.log import TablesLog
+from trialstore.records import Verdict
+from trialstore.storage import Storage
+from trialstore.testing.proxy import CountingProxy
+
+_KINDS = ["journal", "sqlite", pytest.param("psycopg", marks=pytest.mark.servers)]
+_DEADLINE_S = 120.0
+_UNIT = FloatDistribution(0.0, 1.0)
+
+
+def objective(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0.0, 1.0)
+    trial.set_user_attr("number", trial.number)
+    return x
+
+
+def work(port: int, n_trials: int, seed: int) -> None:
+    """A worker process that knows nothing of what befalls the server."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with contextlib.closing(open_grpc(port, call_timeout_s=3.0)) as storage:
+        study = optuna.load_study(
+            study_name="s", storage=storage, sampler=optuna.samplers.RandomSampler(seed=seed)
+        )
+        study.optimize(objective, n_trials=n_trials)
+
+
+def assert_whole(storage: Storage, n_trials: int) -> None:
+    """Exactly so many results: no ghost, no double, nothing missing."""
+    study_id = storage.get_study_id_from_name("s")
+    trials = storage.get_all_trials(study_id)
+    assert [trial.number for trial in trials] == list(range(n_trials))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    for trial in trials:
+        assert trial.user_attrs == {"number": trial.number}
+        assert trial.values == [trial.params["x"]]
+
+
+# --- replies that are lost -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_replies_lost_one_by_one_leave_every_write_applied_once(kind: str, tmp_path: Path) -> None:
+    port = serve(served_url(kind, tmp_path))
+    with CountingProxy("localhost", port) as proxy:
+        storage = open_grpc(proxy.port, linger_s=0.0)
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+        for number in range(12):
+            for k in (1, 2):
+                # The handshake of HTTP/2 is a reply as well: cut it now, and the answer then.
+                proxy.cut_at_reply(k)
+                trial_id = storage.create_new_trial(study_id)
+                storage.set_trial_param(trial_id, "x", number / 12, _UNIT)
+                proxy.cut_at_reply(k)
+                storage.set_trial_user_attr(trial_id, "number", 2 * number + k - 1)
+                proxy.cut_at_reply(k)
+                storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [number / 12])
+        storage.close()
+    assert_whole(open_grpc(port), 24)
+
+
+def test_a_claim_whose_answer_is_lost_is_this_client_s(tmp_path: Path) -> None:
+    for kind in ("journal", "sqlite"):
+        port = serve(served_url(kind, tmp_path))
+        with CountingProxy("localhost", port) as proxy:
+            storage = open_grpc(proxy.port)
+            study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+            template = optuna.trial.create_trial(state=TrialState.WAITING)
+            trial_id = storage.create_new_trial(study_id, template)
+            proxy.cut_at_reply(1)
+            assert storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+            assert proxy.was_cut
+            assert not open_grpc(port).set_trial_state_values(trial_id, TrialState.RUNNING)
+            storage.close()
+
+
+def test_a_network_that_swallows_everything_for_a_while_is_survived(tmp_path: Path) -> None:
+    port = serve(served_url("journal", tmp_path))
+    with CountingProxy("localhost", port) as proxy:
+        storage = open_grpc(proxy.port, call_timeout_s=0.2)
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+        for direction in ({"replies": False}, {"requests": False}, {}):
+            proxy.swallow(**direction)
+            thread = threading.Timer(0.5, proxy.pass_on)
+            thread.start()
+            trial_id = storage.create_new_trial(study_id)
+            thread.join()
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        assert len(storage.get_all_trials(study_id)) == 3
+        storage.close()
+
+
+def test_without_a_server_nothing_was_stored_and_the_error_says_so() -> None:
+    storage = open_grpc(free_port(), retry_deadline_s=0.3)
+    with pytest.raises(LogUnavailableError, match="nothing was stored"):
+        storage.create_new_study([StudyDirection.MINIMIZE], "s")
+
+
+def test_a_write_that_is_given_up_is_applied_once_when_it_is_sent_again(tmp_path: Path) -> None:
+    for kind in ("journal", "sqlite"):
+        port = serve(served_url(kind, tmp_path))
+        with CountingProxy("localhost", port) as proxy:
+            log = GrpcLog("localhost", proxy.port, retry_deadline_s=0.5, call_timeout_s=0.5)
+            study = r.CreateStudy(worker_id="w", seq=0, study_name="s", directions=[1])
+            first = log.exchange([study], START, NOTHING)
+            outcome = first.outcomes[0].id if first.outcomes else 0
+            create = r.CreateTrial(
+                worker_id="w", seq=1, study_id=outcome, datetime_start=r.now_text()
+            )
+            proxy.swallow(requests=False)
+            with pytest.raises(OutcomeUnknownError):
+                log.exchange([create], first.cursor, NOTHING)
+            proxy.pass_on()
+            log.exchange([create], first.cursor, NOTHING)
+            log.close()
+        assert len(open_grpc(port).get_all_trials(outcome)) == 1, kind
+
+
+# --- servers that are killed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_server_killed_again_and_again_loses_and_doubles_nothing(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    long = request.config.getoption("--soak")
+    n_workers, n_trials = (8, 250) if long else (2, 60)
+    with KillableServer(served_url(kind, tmp_path)) as server:
+        storage = open_grpc(server.port)
+        storage.create_new_study([StudyDirection.MINIMIZE], "s")
+        context = multiprocessing.get_context("spawn")
+        workers = [
+            context.Process(target=work, args=(server.port, n_trials, seed))
+            for seed in range(n_workers)
+        ]
+        for worker in workers:
+            worker.start()
+        pause = random.Random(7)
+        n_kills = 0
+        while any(worker.is_alive() for worker in workers):
+            workers[0].join(pause.uniform(0.2, 1.0) + (2.0 if long else 0.0))
+            if n_kills < 4 or long:
+                server.kill()
+                server.start()
+                n_kills += 1
+        assert [worker.exitcode for worker in workers] == [0] * n_workers
+        assert n_kills
+        assert_whole(storage, n_workers * n_trials)
+        storage.close()
+
+
+def test_sigterm_lets_running_calls_end_and_clients_go_on_with_the_next_server(
+    tmp_path: Path,
+) -> None:
+    with KillableServer(served_url("journal", tmp_path)) as server:
+        open_grpc(server.port).create_new_study([StudyDirection.MINIMIZE], "s")
+        context = multiprocessing.get_context("spawn")
+        worker = context.Process(target=work, args=(server.port, 60, 0))
+        worker.start()
+        while worker.is_alive():
+            worker.join(0.5)
+            assert server.stop() == 0
+            server.start()
+        assert worker.exitcode == 0
+        assert_whole(open_grpc(server.port), 60)
+
+
+def test_clients_may_switch_between_servers_on_one_journal_at_any_call(tmp_path: Path) -> None:
+    url = served_url("journal", tmp_path)
+    first, second = serve(url), serve(url)
+    storage = open_grpc(first)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+    log: Any = storage._exchanger.log
+    for number in range(20):
+        trial_id = storage.create_new_trial(study_id)
+        storage.set_trial_user_attr(trial_id, "number", number)
+        log._target = f"localhost:{second if number % 2 else first}"
+        log.close()
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    numbers = [trial.user_attrs["number"] for trial in open_grpc(second).get_all_trials(study_id)]
+    assert numbers == list(range(20))
+
+
+def test_contents_that_died_with_their_server_are_told_of() -> None:
+    with KillableServer("memory://") as server:
+        storage = open_grpc(server.port)
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+        server.kill()
+        server.start()
+        with pytest.raises(LogCorruptError, match="restarted"):
+            storage.get_all_trials(study_id)
+
+
+# --- what the server does with a record that comes twice -----------------------------------------
+
+
+def _create(seq: int, study_id: int = 0) -> r.CreateTrial:
+    return r.CreateTrial(worker_id="w", seq=seq, study_id=study_id, datetime_start=r.now_text())
+
+
+class PositionLog:
+    """A list with cursors that travel, as journals have them."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def exchange(self, records: Any, cursor: Cursor, wanted: Wanted) -> Batch:
+        self.records.extend(records)
+        return Batch(None, self.records[cursor or 0 :], len(self.records) or START)
+
+    def close(self) -> None: ...
+
+
+def test_a_record_marked_as_sent_again_is_appended_only_if_it_is_missing() -> None:
+    log = PositionLog()
+    share = share_of(log, START, lambda: log, n_copies_max=1)
+    assert isinstance(share, SequentialShare)
+    study = r.CreateStudy(worker_id="w", seq=0, study_name="s", directions=[1])
+    start = share.exchange(Request([study], b"", NOTHING)).cursor
+    one, two = _create(1), _create(2)
+    share.exchange(Request([one], start, NOTHING))
+    again = share.exchange(Request([one, two], start, NOTHING, again=True))
+    assert log.records == [study, one, two]
+    news = [
+        record
+        for part in payload.payloads(again.news, 1)
+        for record in payload.unpack_records(part)
+    ]
+    assert news == [one, two]
+
+
+def test_a_record_that_arrives_after_its_own_repetition_is_not_appended() -> None:
+    log = PositionLog()
+    share = share_of(log, START, lambda: log, n_copies_max=1)
+    one = _create(1)
+    share.exchange(Request([one], b"", NOTHING, again=True))
+    share.exchange(Request([one], b"", NOTHING))  # the first attempt, late
+    assert log.records == [one]
+
+
+def test_what_its_client_has_given_up_is_not_appended() -> None:
+    log = PositionLog()
+    share = share_of(log, START, lambda: log, n_copies_max=1)
+    with pytest.raises(LogUnavailableError):
+        share.exchange(Request([_create(1)], b"", NOTHING, is_alive=lambda: False))
+    assert log.records == []
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_where_the_log_judges_a_repetition_has_the_outcome_of_the_first(
+    tmp_path: Path, remembers: bool
+) -> None:
+    log = TablesLog(f"sqlite:///{tmp_path}/a.db")
+
+    def new_share() -> JudgedShare:
+        share = share_of(
+            pickle.loads(pickle.dumps(log)),
+            START,
+            lambda: pickle.loads(pickle.dumps(log)),
+            n_copies_max=2,
+        )
+        assert isinstance(share, JudgedShare)
+        return share
+
+    share = new_share()
+
+    def send(*records: Any, again: bool = False) -> list[Any]:
+        nonlocal share
+        if again and not remembers:
+            share = new_share()  # the server was killed in between
+        answer = share.exchange(Request(list(records), b"", NOTHING, again))
+        return list(answer.outcomes or ())
+
+    (study,) = send(r.CreateStudy(worker_id="w", seq=0, study_name="s", directions=[1]))
+    create = _create(1, study.id)
+    (created,) = send(create)
+    assert send(create, again=True) == [created]
+    attr = r.SetTrialUserAttr(worker_id="w", seq=2, trial_id=created.id, user_attr={"k": 1})
+    tell = r.SetTrialStateValues(
+        worker_id="w",
+        seq=3,
+        trial_id=created.id,
+        state=r.COMPLETE,
+        values=[1.0],
+        datetime_complete=r.now_text(),
+    )
+    assert [one.verdict for one in send(attr, tell)] == [Verdict.ACCEPTED] * 2
+    assert [one.verdict for one in send(attr, tell, again=True)] == [Verdict.ACCEPTED] * 2
+    other = r.SetTrialStateValues(
+        worker_id="v", seq=0, trial_id=created.id, state=r.FAIL, values=None
+    )
+    assert [one.verdict for one in send(other, again=True)] == [Verdict.FINISHED]
+    batch = log.exchange((), START, Wanted(trials_of=frozenset((study.id,))))
+    assert len([one for one in batch.news if isinstance(one, r.PutTrial)]) == 1
+
+
+def test_a_memory_log_is_not_shared_as_it_is() -> None:
+    """Its cursors do not travel, which is why the server goes by its storage's methods."""
+    batch = MemoryLog().exchange([_create(0)], START, NOTHING)
+    with pytest.raises(TypeError):
+        payload.pack_cursor(batch.cursor)

@@ -1,0 +1,334 @@
+"""Who may call: nobody without the token or certificate, and garbage harms nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime, timedelta, timezone
+import ipaddress
+import os
+from pathlib import Path
+import pickle
+import random
+import socket
+from typing import Any
+
+import grpc
+import optuna
+from optuna.study import StudyDirection
+import pytest
+
+from grpc_servers import KillableServer, open_grpc, serve, served_url
+from servers import free_port
+import trialstore
+from trialstore import grpc as trialstore_grpc
+from trialstore.errors import LogUnavailableError
+from trialstore.logs.grpc.client import TOKEN_VARIABLE
+from trialstore.logs.grpc.generated import log_pb2 as pb
+from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, calls
+from trialstore.logs.grpc.server import ProxyServer, Security, is_loopback
+from trialstore.storage import Storage
+
+_MINIMIZE = [StudyDirection.MINIMIZE]
+
+
+def _refused(storage: Storage) -> str:
+    with pytest.raises(LogUnavailableError) as caught:
+        storage.create_new_study(_MINIMIZE, "intruder")
+    return str(caught.value)
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def test_without_the_token_nothing_reaches_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text("s3cret\n")
+    with KillableServer(served_url("sqlite", tmp_path), token_file=str(token_file)) as server:
+        assert "token" in _refused(open_grpc(server.port))
+        assert "token" in _refused(open_grpc(server.port, token="S3cret"))
+        with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+            for service in (LOG_SERVICE, STORAGE_SERVICE):
+                for name, call in calls(channel, service).items():
+                    with pytest.raises(grpc.RpcError) as caught:
+                        reply = call(_empty_request(service, name), timeout=30)
+                        list(reply)
+                    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED, name
+        friend = open_grpc(server.port, token_file=str(token_file))
+        assert friend.get_all_studies() == []
+        friend.create_new_study(_MINIMIZE, "s")
+        assert [study.study_name for study in pickle.loads(pickle.dumps(friend)).get_all_studies()]
+        assert b"s3cret" not in pickle.dumps(friend)
+        monkeypatch.setenv(TOKEN_VARIABLE, "s3cret")
+        assert [study.study_name for study in open_grpc(server.port).get_all_studies()] == ["s"]
+
+
+def _empty_request(service: Any, name: str) -> Any:
+    from google.protobuf.message_factory import GetMessageClass
+
+    return GetMessageClass(service.methods_by_name[name].input_type)()
+
+
+def test_a_token_is_in_no_text(tmp_path: Path) -> None:
+    storage = open_grpc(free_port(), token="s3cret", retry_deadline_s=0.1)
+    assert "s3cret" not in _refused(storage) + repr(storage._exchanger.log) + repr(storage)
+
+
+def test_arguments_that_do_not_go_together_are_refused() -> None:
+    for options in (
+        {"certificate_file": "c"},
+        {"client_ca_file": "c"},
+        {"token": "a", "token_file": "b"},
+        {"token": ""},
+    ):
+        with pytest.raises(ValueError):
+            Security(**options)
+    with pytest.raises(ValueError):
+        open_grpc(1, certificate_file="c")
+    with pytest.raises(ValueError):
+        open_grpc(1, token="a", token_file="b")
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.8.9.10", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+        ("", False),
+    ],
+)
+def test_only_loopback_is_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_server_that_strangers_reach_does_not_start_without_protection(host: str) -> None:
+    storage = trialstore.InMemoryStorage()
+    with pytest.raises(ValueError, match="allow_insecure"):
+        trialstore_grpc.run_grpc_proxy_server(storage, host=host, port=free_port())
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+class _Authority:
+    """Makes certificates in a folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        x509 = pytest.importorskip("cryptography.x509")
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        self._x509, self._hashes, self._serialization, self._ec = x509, hashes, serialization, ec
+        self._folder = folder
+        self._name = name
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._certificate = self._sign(self._key, name, self._key, authority=True)
+        self.certificate_file = self._write("ca", self._certificate, None)[0]
+
+    def _sign(self, key: Any, name: str, by: Any, *, authority: bool = False) -> Any:
+        x509 = self._x509
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, self._name)])
+        now = datetime.now(timezone.utc)
+        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .sign(by, self._hashes.SHA256())
+        )
+
+    def _write(self, name: str, certificate: Any, key: Any) -> tuple[str, str]:
+        s = self._serialization
+        files = (
+            self._folder / f"{self._name}-{name}.crt",
+            self._folder / f"{self._name}-{name}.key",
+        )
+        files[0].write_bytes(certificate.public_bytes(s.Encoding.PEM))
+        if key is not None:
+            pem = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
+            files[1].write_bytes(pem)
+        return str(files[0]), str(files[1])
+
+    def issue(self, name: str) -> dict[str, str]:
+        key = self._ec.generate_private_key(self._ec.SECP256R1())
+        certificate, key_file = self._write(name, self._sign(key, name, self._key), key)
+        return {"certificate_file": certificate, "key_file": key_file}
+
+
+def test_tls_serves_those_who_trust_it_and_refuses_plain_text(tmp_path: Path) -> None:
+    ours, theirs = _Authority(tmp_path, "ours"), _Authority(tmp_path, "theirs")
+    with KillableServer(served_url("journal", tmp_path), **ours.issue("server")) as server:
+        friend = open_grpc(server.port, ca_file=ours.certificate_file)
+        friend.create_new_study(_MINIMIZE, "s")
+        for options in ({}, {"tls": True}, {"ca_file": theirs.certificate_file}):
+            _refused(open_grpc(server.port, retry_deadline_s=1.0, **options))
+        assert [study.study_name for study in friend.get_all_studies()] == ["s"]
+
+
+def test_mutual_tls_lets_in_only_certificates_of_the_authority(tmp_path: Path) -> None:
+    ours, theirs = _Authority(tmp_path, "ours"), _Authority(tmp_path, "theirs")
+    options = {**ours.issue("server"), "client_ca_file": ours.certificate_file}
+    with KillableServer(served_url("journal", tmp_path), **options) as server:
+        trust = {"ca_file": ours.certificate_file}
+        friend = open_grpc(server.port, **trust, **ours.issue("client"))
+        friend.create_new_study(_MINIMIZE, "s")
+        for shown in ({}, theirs.issue("client")):
+            _refused(open_grpc(server.port, retry_deadline_s=1.0, **trust, **shown))
+        assert [study.study_name for study in friend.get_all_studies()] == ["s"]
+
+
+# --- garbage -------------------------------------------------------------------------------------
+
+
+def test_garbage_on_the_port_leaves_the_server_serving(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    n_rounds = 20_000 if request.config.getoption("--soak") else 300
+    with KillableServer(served_url("journal", tmp_path)) as server:
+        storage = open_grpc(server.port)
+        study_id = storage.create_new_study(_MINIMIZE, "s")
+        dice = random.Random(3)
+        for number in range(n_rounds):
+            with contextlib.suppress(OSError):
+                connection = socket.create_connection(("localhost", server.port), timeout=5)
+                with connection:
+                    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" if number % 2 else b""
+                    connection.sendall(preface + dice.randbytes(dice.randrange(1, 2000)))
+        assert storage.get_all_trials(study_id) == []
+        resident = Path(f"/proc/{server.process.pid}/statm")
+        if resident.exists():
+            n_bytes = int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            assert n_bytes < 600 << 20
+
+
+def test_garbage_in_messages_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    port = serve(served_url("journal", tmp_path))
+    storage = open_grpc(port)
+    study_id = storage.create_new_study(_MINIMIZE, "s")
+    dice = random.Random(4)
+    with grpc.insecure_channel(f"localhost:{port}") as channel:
+        log_calls, storage_calls = calls(channel, LOG_SERVICE), calls(channel, STORAGE_SERVICE)
+        refused = (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            grpc.StatusCode.INTERNAL,
+            grpc.StatusCode.NOT_FOUND,
+            grpc.StatusCode.DATA_LOSS,
+        )
+        for number in range(200):
+            junk = [b"MJ\xdd\x00"[number % 4 :][:1] + dice.randbytes(40) for _ in range(3)]
+            deep = b"M" + b"\x91" * 100_000
+            call = pb.ExchangeRequest(
+                records=junk[0] if number % 3 == 0 else b"",
+                cursor=junk[1] if number % 3 == 1 else b"",
+                wanted=(deep if number % 2 else junk[2]) if number % 3 == 2 else b"",
+            )
+            with pytest.raises(grpc.RpcError) as caught:
+                log_calls["Exchange"](call, timeout=30)
+            assert caught.value.code() in refused, number
+        # What is no operation is no record: images are the server's to send.
+        image = (
+            b'J[{"op_code":100,"study_id":7,"study_name":"x","directions":[1],'
+            b'"user_attrs":{},"system_attrs":{}}]'
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            log_calls["Exchange"](pb.ExchangeRequest(records=image), timeout=30)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        for name in storage_calls:
+            junk_call = channel.unary_unary(f"/{STORAGE_SERVICE.full_name}/{name}")
+            with contextlib.suppress(grpc.RpcError):
+                junk_call(dice.randbytes(30), timeout=30)
+    assert [study.study_name for study in open_grpc(port).get_all_studies()] == ["s"]
+    assert open_grpc(port).get_all_trials(study_id) == []
+
+
+def test_a_message_beyond_the_bound_is_refused(tmp_path: Path) -> None:
+    url = served_url("journal", tmp_path)
+    with KillableServer(url, max_message_bytes=1 << 16) as server:
+        storage = open_grpc(server.port, retry_deadline_s=5.0)
+        study_id = storage.create_new_study(_MINIMIZE, "s")
+        with pytest.raises(LogUnavailableError, match="larger"):
+            storage.set_study_user_attr(study_id, "k", "x" * (1 << 17))
+        storage.set_study_user_attr(study_id, "k", "x" * (1 << 12))
+
+
+# --- health, reflection, waiting -----------------------------------------------------------------
+
+
+def test_health_and_reflection_answer(tmp_path: Path) -> None:
+    from google.protobuf.descriptor_pool import DescriptorPool
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+        ProtoReflectionDescriptorDatabase,
+    )
+
+    port = serve(served_url("journal", tmp_path))
+    with grpc.insecure_channel(f"localhost:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", LOG_SERVICE.full_name, STORAGE_SERVICE.full_name):
+            reply = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {LOG_SERVICE.full_name, STORAGE_SERVICE.full_name} <= set(database.get_services())
+        found = DescriptorPool(database).FindServiceByName(STORAGE_SERVICE.full_name)
+        assert len(found.methods) == 19
+
+
+def test_the_health_check_needs_no_token(tmp_path: Path) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with (
+        KillableServer(served_url("journal", tmp_path), token="t") as server,
+        grpc.insecure_channel(f"localhost:{server.port}") as channel,
+    ):
+        reply = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=30
+        )
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_waiting_for_a_server_that_is_not_there_ends() -> None:
+    storage = trialstore_grpc.GrpcStorageProxy(port=free_port())
+    with pytest.raises(ConnectionError):
+        storage.wait_server_ready(0.1)
+
+
+def test_a_port_that_is_taken_is_an_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(RuntimeError):
+            trialstore_grpc.run_grpc_proxy_server(
+                optuna.storages.InMemoryStorage(), host="127.0.0.1", port=taken.getsockname()[1]
+            )
+
+
+def test_a_drained_server_has_answered_what_it_had_taken(tmp_path: Path) -> None:
+    with trialstore_grpc._shared(trialstore.InMemoryStorage(), 1) as share:
+        server = ProxyServer(
+            share,
+            trialstore.InMemoryStorage(),
+            host="localhost",
+            port=0,
+            security=Security(),
+        )
+        server.start()
+        server.drain()
+        server.drain()

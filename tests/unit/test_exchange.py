@@ -1,0 +1,288 @@
+"""Exchanges: one on the wire, the rest gathers; the outbox rides along, and survives failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import threading
+from typing import Any
+
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+import pytest
+
+from trialstore.clock import Clock
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.log import Batch, Cursor, Wanted
+from trialstore.logs.memory import MemoryLog
+from trialstore.records import AnyOperation
+from trialstore.storage import Storage
+
+_DEADLINE_S = 60
+_X = FloatDistribution(0, 1)
+
+
+class _Tap:
+    """A memory log that records what it is asked, and fails or waits where it is told to."""
+
+    def __init__(self, log: MemoryLog) -> None:
+        self.log = log
+        self.sent: list[list[AnyOperation]] = []
+        self.before: Callable[[Sequence[AnyOperation]], None] = lambda records: None
+        self.after: Callable[[Sequence[AnyOperation]], None] = lambda records: None
+
+    def exchange(self, records: Sequence[AnyOperation], cursor: Cursor, wanted: Wanted) -> Batch:
+        self.sent.append(list(records))
+        self.before(records)
+        batch = self.log.exchange(records, cursor, wanted)
+        self.after(records)
+        return batch
+
+    def close(self) -> None:
+        self.log.close()
+
+
+@pytest.fixture
+def log() -> MemoryLog:
+    return MemoryLog()
+
+
+@pytest.fixture
+def tap(log: MemoryLog) -> _Tap:
+    return _Tap(log)
+
+
+@pytest.fixture
+def storage(tap: _Tap) -> Storage:
+    """Deferred writes wait for ever, so that only exchanges asked for here happen."""
+    return Storage(tap, linger_s=float("inf"))
+
+
+@pytest.fixture
+def study_id(storage: Storage) -> int:
+    return storage.create_new_study([StudyDirection.MINIMIZE], "study")
+
+
+def _started_trial(storage: Storage, study_id: int) -> int:
+    trial_id = storage.create_new_trial(study_id)
+    storage.set_trial_param(trial_id, "x", 0.5, _X)
+    return trial_id
+
+
+def test_the_first_use_of_a_name_is_written_through_and_later_ones_ride_along(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    _started_trial(storage, study_id)
+    assert [len(records) for records in tap.sent] == [1, 1, 1]
+    trial_id = storage.create_new_trial(study_id)
+    storage.set_trial_param(trial_id, "x", 0.25, _X)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    storage.set_trial_intermediate_value(trial_id, 0, 1.0)
+    assert len(tap.sent) == 4
+    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    assert [len(records) for records in tap.sent[4:]] == [4]
+    trial = storage.get_trial(trial_id)
+    assert (trial.params, trial.user_attrs, trial.intermediate_values) == (
+        {"x": 0.25},
+        {"k": 1},
+        {0: 1.0},
+    )
+
+
+def test_a_failed_exchange_keeps_the_outbox_and_loses_nothing(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+
+    def fail(records: Sequence[AnyOperation]) -> None:
+        raise LogUnavailableError("away")
+
+    tap.before = fail
+    with pytest.raises(LogUnavailableError):
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    tap.before = lambda records: None
+    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    assert storage.get_trial(trial_id).user_attrs == {"k": 1}
+
+
+def test_an_exchange_of_unknown_fate_sends_the_same_records_again(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+
+    def lose_the_answer(records: Sequence[AnyOperation]) -> None:
+        raise OutcomeUnknownError("no answer")
+
+    tap.after = lose_the_answer
+    with pytest.raises(OutcomeUnknownError):
+        storage.flush()
+    tap.after = lambda records: None
+    storage.flush()
+    assert tap.sent[-1] == tap.sent[-2] != []
+    assert storage.get_trial(trial_id).user_attrs == {"k": 1}
+
+
+def test_a_rejected_deferred_write_raises_once_and_only_on_its_own_trial(
+    storage: Storage, log: MemoryLog, study_id: int
+) -> None:
+    other = Storage(log, linger_s=0)
+    mine, bystander = _started_trial(storage, study_id), _started_trial(storage, study_id)
+    other.set_trial_state_values(mine, TrialState.FAIL)
+    storage.set_trial_user_attr(mine, "k", 1)
+    storage.set_trial_user_attr(bystander, "k", 1)
+    storage.get_all_trials(study_id)
+    assert storage.get_trial(bystander).user_attrs == {"k": 1}
+    with pytest.raises(UpdateFinishedTrialError, match="FINISHED"):
+        storage.set_trial_user_attr(mine, "k2", 1)
+    assert storage.get_trial(mine).user_attrs == {}
+    storage.flush()
+
+
+@pytest.mark.parametrize("end", ["flush", "close"])
+def test_a_rejected_deferred_write_raises_at_the_end(
+    storage: Storage, log: MemoryLog, study_id: int, end: str
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    Storage(log, linger_s=0).set_trial_state_values(trial_id, TrialState.FAIL)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    with pytest.raises(UpdateFinishedTrialError):
+        getattr(storage, end)()
+    getattr(storage, end)()
+
+
+def test_threads_share_the_exchange_that_begins_next(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    first_is_on_the_wire, go_on = threading.Event(), threading.Event()
+
+    def hold_the_first(records: Sequence[AnyOperation]) -> None:
+        tap.before = lambda records: None
+        first_is_on_the_wire.set()
+        assert go_on.wait(_DEADLINE_S)
+
+    tap.before = hold_the_first
+    made: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(storage.create_new_trial(study_id)))
+        for _ in range(9)
+    ]
+    threads[0].start()
+    assert first_is_on_the_wire.wait(_DEADLINE_S)
+    for thread in threads[1:]:
+        thread.start()
+    while len(storage._exchanger._gathered) < 8:
+        threads[1].join(0.001)
+    go_on.set()
+    for thread in threads:
+        thread.join(_DEADLINE_S)
+    assert sorted(made) == list(range(9))
+    assert [len(records) for records in tap.sent[1:]] == [1, 8]
+
+
+def test_a_failure_reaches_every_thread_that_took_part(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    first_is_on_the_wire, go_on = threading.Event(), threading.Event()
+
+    def hold_then_fail(records: Sequence[AnyOperation]) -> None:
+        if not first_is_on_the_wire.is_set():
+            first_is_on_the_wire.set()
+            assert go_on.wait(_DEADLINE_S)
+        raise LogUnavailableError("away")
+
+    tap.before = hold_then_fail
+    errors: list[BaseException] = []
+
+    def create() -> None:
+        try:
+            storage.create_new_trial(study_id)
+        except LogUnavailableError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=create) for _ in range(5)]
+    threads[0].start()
+    assert first_is_on_the_wire.wait(_DEADLINE_S)
+    for thread in threads[1:]:
+        thread.start()
+    while len(storage._exchanger._gathered) < 4:
+        threads[1].join(0.001)
+    go_on.set()
+    for thread in threads:
+        thread.join(_DEADLINE_S)
+    assert len(errors) == 5
+    tap.before = lambda records: None
+    assert storage.get_n_trials(study_id) == 0
+
+
+def test_a_write_on_somebody_elses_trial_is_written_through(
+    storage: Storage, log: MemoryLog, tap: _Tap, study_id: int
+) -> None:
+    other = Storage(log, linger_s=0)
+    trial_id = _started_trial(other, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    assert other.get_trial(trial_id).user_attrs == {"k": 1}
+
+
+def test_telling_somebody_elses_trial_waits_out_the_linger(log: MemoryLog) -> None:
+    slept: list[float] = []
+
+    class Slept(Clock):
+        def sleep(self, duration_s: float) -> None:
+            slept.append(duration_s)
+            asker.flush()  # what the asker's linger thread does meanwhile
+
+    asker = Storage(log, linger_s=float("inf"))
+    teller = Storage(log, linger_s=0.5, clock=Slept())
+    study_id = asker.create_new_study([StudyDirection.MINIMIZE], "study")
+    trial_id = _started_trial(asker, study_id)
+    asker.set_trial_user_attr(trial_id, "k", 1)
+    teller.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    assert slept == [1.0]
+    assert teller.get_trial(trial_id).user_attrs == {"k": 1}
+
+
+def test_a_refused_value_sends_nothing(storage: Storage, tap: _Tap, study_id: int) -> None:
+    trial_id = _started_trial(storage, study_id)
+    n_exchanges = len(tap.sent)
+    refused: list[tuple[type[Exception], Callable[[], Any]]] = [
+        (TypeError, lambda: storage.set_trial_user_attr(trial_id, "k", object())),
+        (TypeError, lambda: storage.set_trial_user_attr(trial_id, 3, 1)),  # type: ignore[arg-type]
+        (ValueError, lambda: storage.set_trial_param(trial_id, "x", float("nan"), _X)),
+        (
+            ValueError,
+            lambda: storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [float("nan")]),
+        ),
+        (
+            ValueError,
+            lambda: storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0, 2.0]),
+        ),
+        (TypeError, lambda: storage.set_trial_intermediate_value(trial_id, 0.5, 1.0)),  # type: ignore[arg-type]
+        (TypeError, lambda: storage.create_new_study(["minimize"])),  # type: ignore[list-item]
+        (ValueError, lambda: storage.create_new_study([])),
+    ]
+    for error, call in refused:
+        with pytest.raises(error):
+            call()
+    assert len(tap.sent) == n_exchanges
+
+
+def test_a_record_that_the_log_can_t_keep_does_not_keep_others_out(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    def refuse_bad(records: Sequence[AnyOperation]) -> None:
+        if any("bad" in getattr(record, "user_attr", {}) for record in records):
+            raise ValueError("bad does not fit")
+
+    tap.before = refuse_bad
+    first, second = _started_trial(storage, study_id), _started_trial(storage, study_id)
+    storage.set_trial_user_attr(first, "bad", 1)
+    storage.set_trial_user_attr(first, "good", 1)
+    storage.set_trial_user_attr(second, "good", 1)
+    storage.set_trial_state_values(second, TrialState.COMPLETE, [0.0])
+    assert storage.get_trial(second).user_attrs == {"good": 1}
+    with pytest.raises(UpdateFinishedTrialError, match="bad does not fit"):
+        storage.get_trial(first)
+    assert storage.get_trial(first).user_attrs == {"good": 1}

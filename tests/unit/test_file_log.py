@@ -1,0 +1,608 @@
+"""The journal file: what readers see, what appenders repair, what is damage."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+import pickle
+import random
+from typing import Any
+
+import msgspec
+from optuna.storages.journal import (
+    JournalFileBackend as OptunaFileBackend,
+    JournalFileOpenLock as OptunaOpenLock,
+)
+from optuna.storages.journal._file import BaseJournalFileLock
+import pytest
+
+from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
+from trialstore.log import NOTHING, START, SnapshotStore
+from trialstore.logs import file as file_module
+from trialstore.logs.file import FileLog
+from trialstore.records import (
+    AnyOperation,
+    CreateStudy,
+    CreateTrial,
+    SetTrialIntermediateValue,
+    SetTrialStateValues,
+    SetTrialUserAttr,
+    encode_line,
+)
+from trialstore.testing.syncs import SyncCounter
+
+_TIME = "2026-01-02T03:04:05.678901+00:00"
+
+
+def study(seq: int = 0) -> CreateStudy:
+    return CreateStudy(worker_id="w", seq=seq, study_name="s", directions=[1])
+
+
+def trial(seq: int) -> CreateTrial:
+    return CreateTrial(worker_id="w", seq=seq, study_id=0, datetime_start=_TIME)
+
+
+def attr(seq: int, value: Any) -> SetTrialUserAttr:
+    return SetTrialUserAttr(worker_id="w", seq=seq, trial_id=0, user_attr={"key": value})
+
+
+def complete(seq: int) -> SetTrialStateValues:
+    return SetTrialStateValues(
+        worker_id="w", seq=seq, trial_id=0, state=1, values=[0.5], datetime_complete=_TIME
+    )
+
+
+def optuna_line(record: AnyOperation) -> bytes:
+    """The line that a plain Optuna worker writes: no checksum, no sequence number."""
+    fields = msgspec.to_builtins(record)
+    fields.pop("seq", None)
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+def read_all(path: Path) -> list[AnyOperation]:
+    return list(FileLog(str(path)).exchange([], START, NOTHING).news)  # type: ignore[arg-type]
+
+
+def seqs(records: Any) -> list[int]:
+    return [record.seq for record in records]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def log(path: Path) -> FileLog:
+    return FileLog(str(path))
+
+
+# --- appending and reading -----------------------------------------------------------------------
+
+
+def test_the_cursor_is_a_value_that_msgpack_carries(log: FileLog, path: Path) -> None:
+    first = log.exchange([study()], START, NOTHING)
+    carried = msgspec.msgpack.decode(msgspec.msgpack.encode(first.cursor))
+    log.exchange([trial(1)], first.cursor, NOTHING)
+    assert seqs(FileLog(str(path)).exchange([], carried, NOTHING).news) == [1]
+    assert first.outcomes is None
+    hash(first.cursor)
+
+
+def test_what_is_read_back_equals_what_the_appender_got(log: FileLog, path: Path) -> None:
+    records = [study(), trial(1), attr(2, [math.inf, {"a": -0.0}, "\ud800", None, 2**70])]
+    news = log.exchange(records, START, NOTHING).news
+    assert repr(news) == repr(read_all(path)) == repr(records)
+    assert news[2] is not records[2], "a later change to the caller's value must not be seen"
+
+
+def test_nan_among_many_lines_is_read(log: FileLog, path: Path) -> None:
+    records: list[AnyOperation] = [study(), trial(1)]
+    for step in range(100):
+        value = math.nan if step % 7 == 0 else 0.5
+        records.append(
+            SetTrialIntermediateValue(
+                worker_id="w", seq=step, trial_id=0, step=step, intermediate_value=value
+            )
+        )
+    log.exchange(records, START, NOTHING)
+    assert repr(read_all(path)) == repr(records)
+
+
+def test_files_larger_than_a_chunk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_module, "_CHUNK_BYTES", 128)
+    records = [study(), trial(1), *(attr(seq, "x" * (seq * 17)) for seq in range(2, 60))]
+    path.write_bytes(b"".join(map(encode_line, records)))
+    assert read_all(path) == records
+
+
+def test_an_append_returns_what_others_wrote_first(log: FileLog, path: Path) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    FileLog(str(path)).exchange([trial(1)], START, NOTHING)
+    assert seqs(log.exchange([trial(2)], cursor, NOTHING).news) == [1, 2]
+
+
+def test_a_far_behind_appender_catches_up(log: FileLog, path: Path) -> None:
+    big = [study(), trial(1), attr(2, "x" * 100_000), attr(3, 0)]
+    FileLog(str(path)).exchange(big, START, NOTHING)
+    assert seqs(log.exchange([trial(4)], START, NOTHING).news) == [0, 1, 2, 3, 4]
+
+
+def test_an_evicted_holder_that_wrote_in_between_is_seen(
+    log: FileLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    original = log._write
+
+    def late(data: bytes, end: int) -> int:
+        with path.open("ab") as file:
+            file.write(encode_line(trial(7)))
+        return original(data, end)
+
+    monkeypatch.setattr(log, "_write", late)
+    batch = log.exchange([trial(8)], cursor, NOTHING)
+    assert seqs(batch.news) == [7, 8]
+    assert batch.cursor == FileLog(str(path)).exchange([], START, NOTHING).cursor
+
+
+def test_reading_takes_no_lock(path: Path) -> None:
+    class Refuses(BaseJournalFileLock):
+        def acquire(self) -> bool:
+            raise AssertionError("a reader took the lock")
+
+        def release(self) -> None:
+            raise AssertionError
+
+    FileLog(str(path)).exchange([study()], START, NOTHING)
+    reader = FileLog(str(path), Refuses())
+    assert seqs(reader.exchange([], START, NOTHING).news) == [0]
+    assert seqs(reader.read_logs(0)[0:0]) == []
+
+
+def test_nothing_new_costs_one_system_call(log: FileLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+
+    def refuse(*args: Any) -> bytes:
+        raise AssertionError("read although nothing is new")
+
+    monkeypatch.setattr(file_module, "_pread", refuse)
+    assert log.exchange([], cursor, NOTHING).news == []
+
+
+def test_any_lock_object_will_do(path: Path) -> None:
+    calls = []
+
+    class Mine(BaseJournalFileLock):
+        def acquire(self) -> bool:
+            calls.append("acquire")
+            return True
+
+        def release(self) -> None:
+            calls.append("release")
+            raise RuntimeError("evicted")  # as Optuna's does; the record counts all the same
+
+    FileLog(str(path), Mine()).exchange([study()], START, NOTHING)
+    FileLog(str(path), OptunaOpenLock(str(path))).exchange([trial(1)], START, NOTHING)
+    assert calls == ["acquire", "release"]
+    assert seqs(read_all(path)) == [0, 1]
+
+
+def test_a_lock_that_says_no_is_an_error(path: Path) -> None:
+    class No(BaseJournalFileLock):
+        def acquire(self) -> bool:
+            return False
+
+        def release(self) -> None:
+            raise AssertionError
+
+    with pytest.raises(LogUnavailableError, match="not acquired"):
+        FileLog(str(path), No()).exchange([study()], START, NOTHING)
+    assert path.read_bytes() == b""
+
+
+# --- syncs ---------------------------------------------------------------------------------------
+
+
+def test_one_sync_per_durable_exchange_and_none_otherwise(log: FileLog, path: Path) -> None:
+    with SyncCounter() as syncs:
+        cursor = log.exchange([study()], START, NOTHING).cursor
+        assert syncs.by_file == {str(path.parent): 1, str(path): 1}
+        for records, more in (
+            ([trial(1)], 1),
+            ([attr(2, 1)], 0),
+            ([attr(3, 1), complete(4)], 1),
+            ([], 0),
+        ):
+            before = syncs.total
+            cursor = log.exchange(records, cursor, NOTHING).cursor
+            assert syncs.total - before == more, records
+
+
+def test_durability_process_never_syncs(path: Path) -> None:
+    with SyncCounter() as syncs:
+        FileLog(str(path), durability="process").exchange([study()], START, NOTHING)
+    assert syncs.total == 0
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_sync_after_the_release_on_a_local_file_system_and_before_it_elsewhere(
+    path: Path, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_module, "file_system_is_local", lambda path: local)
+    events = []
+
+    class Traced(BaseJournalFileLock):
+        def acquire(self) -> bool:
+            events.append("acquire")
+            return True
+
+        def release(self) -> None:
+            events.append("release")
+
+    log = FileLog(str(path), Traced())
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    monkeypatch.setattr(file_module, "sync_fd", lambda fd: events.append("sync"))
+    events.clear()
+    batch = log.exchange([trial(1)], cursor, NOTHING)
+    assert events == ["acquire", *(["release", "sync"] if local else ["sync", "release"])]
+    assert FileLog(str(path)).exchange([], cursor, NOTHING) == batch
+
+
+# --- torn tails and glued records ----------------------------------------------------------------
+
+
+def acknowledged(path: Path) -> list[AnyOperation]:
+    records = [study(), trial(1), attr(2, {"op_code": 4, "a": ['{"op_code":']}), complete(3)]
+    path.write_bytes(b"".join(map(encode_line, records)))
+    return records
+
+
+@pytest.mark.parametrize("optuna_first", [False, True], ids=["ours", "plain Optuna, then ours"])
+@pytest.mark.parametrize("torn_by", [encode_line, optuna_line], ids=["our line", "Optuna's line"])
+@pytest.mark.parametrize("padding", [b"", b"\0" * 100], ids=["", "then NULs"])
+def test_cut_at_every_byte_nothing_acknowledged_is_lost(
+    path: Path, optuna_first: bool, torn_by: Any, padding: bytes
+) -> None:
+    records = acknowledged(path)
+    whole = path.read_bytes()
+    torn = torn_by(attr(4, {"op_code": 4, "b": [1, {}]}))
+    for cut in range(len(torn)):
+        path.write_bytes(whole + torn[:cut] + padding)
+        expected = list(records)
+        assert read_all(path) == expected
+        reader = FileLog(str(path))
+        cursor = reader.exchange([], START, NOTHING).cursor
+        if optuna_first:
+            OptunaFileBackend(str(path)).append_logs([json.loads(optuna_line(trial(5)))])
+            expected.append(msgspec.structs.replace(trial(5), seq=-1))
+            assert read_all(path) == expected, cut
+        size = path.stat().st_size
+        log = FileLog(str(path))
+        appended = log.exchange([trial(6)], START, NOTHING)
+        expected.append(trial(6))
+        assert list(appended.news) == expected, cut
+        assert path.stat().st_size == size + len(encode_line(trial(6)))
+        # Fresh readers, old readers, the appender, and Optuna agree.
+        assert read_all(path) == expected, cut
+        assert list(reader.exchange([], cursor, NOTHING).news) == expected[len(records) :]
+        assert log.exchange([], appended.cursor, NOTHING).news == []
+        logs = list(OptunaFileBackend(str(path)).read_logs(0))
+        assert [fields["op_code"] for fields in logs] == [
+            json.loads(optuna_line(record))["op_code"] for record in expected
+        ]
+
+
+def test_garbage_behind_the_last_newline_goes(path: Path) -> None:
+    records = acknowledged(path)
+    for garbage in (b"\xff\xfe garbage", b"\0" * 5000, b"[1,", b"   ", os.urandom(64)):
+        path.write_bytes(path.read_bytes() + garbage.replace(b"\n", b""))
+        assert read_all(path) == records
+        records.append(trial(len(records)))
+        FileLog(str(path)).exchange([records[-1]], START, NOTHING)
+        assert read_all(path) == records
+        assert len(list(OptunaFileBackend(str(path)).read_logs(0))) == len(records)
+
+
+def test_two_torn_prefixes_in_one_line(path: Path) -> None:
+    records = acknowledged(path)
+    with path.open("ab") as file:
+        file.write(encode_line(trial(4))[:-1] + optuna_line(trial(5))[:40] + encode_line(trial(6)))
+    records.append(trial(6))
+    assert read_all(path) == records
+    records.append(trial(7))
+    FileLog(str(path)).exchange([trial(7)], START, NOTHING)
+    assert len(list(OptunaFileBackend(str(path)).read_logs(0))) == len(records)
+
+
+def test_a_torn_first_line_does_not_change_the_identity(path: Path) -> None:
+    path.write_bytes(b'{"op_code":0,"worker' + encode_line(study()))
+    cursor = FileLog(str(path)).exchange([], START, NOTHING).cursor
+    FileLog(str(path)).exchange([trial(1)], START, NOTHING)
+    assert path.read_bytes().startswith(b" " * 20 + b'{"op_code":0,')
+    assert seqs(FileLog(str(path)).exchange([], cursor, NOTHING).news) == [1]
+
+
+def test_the_repair_waits_for_an_appender_that_saw_the_line_without_the_lock(
+    log: FileLog, path: Path
+) -> None:
+    acknowledged(path)
+    with path.open("ab") as file:
+        file.write(b'{"op_code":5,"wor' + optuna_line(trial(4)))
+    cursor = log.exchange([], START, NOTHING).cursor
+    before = path.read_bytes()
+    assert b'"wor{' in before
+    log.exchange([trial(5)], cursor, NOTHING)
+    assert path.read_bytes().startswith(before.replace(b'{"op_code":5,"wor{', b" " * 17 + b"{"))
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def test_every_bit_flip_is_harmless_or_located(path: Path) -> None:
+    records = acknowledged(path)
+    whole = path.read_bytes()
+    starts = [0]
+    for line in whole.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    located = 0
+    for position in range(len(whole)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            number = max(i for i, start in enumerate(starts) if start <= position)
+            try:
+                found = read_all(path)
+            except LogCorruptError as error:
+                located += 1
+                assert error.source == str(path)
+                assert error.record_number == number, (position, bit)
+                assert error.offset == starts[number]
+                with pytest.raises(LogCorruptError):
+                    FileLog(str(path)).exchange([trial(9)], START, NOTHING)
+                assert path.read_bytes() == damaged, "the file is left alone"
+            else:
+                assert found == records, (position, bit)
+    assert located > 7 * len(whole)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\n", b"   \n", b"[]\n", b"{}\n", b"null\n", b'{"op_code":99}\n', b"\0" * 50 + b"\n"]
+)
+def test_a_line_that_is_no_record_is_damage(path: Path, line: bytes) -> None:
+    records = acknowledged(path)
+    offset = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(line + encode_line(trial(9)))
+    with pytest.raises(LogCorruptError, match="record 4") as caught:
+        read_all(path)
+    assert (caught.value.offset, caught.value.record_number) == (offset, len(records))
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), LogCorruptError)
+
+
+def test_fuzzed_lines_give_our_error_or_records(path: Path) -> None:
+    acknowledged(path)
+    whole = path.read_bytes()
+    rng = random.Random(20)
+    for _ in range(500):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(len(damaged))
+            what = rng.random()
+            if what < 0.4:
+                damaged[at] = rng.randrange(256)
+            elif what < 0.7:
+                del damaged[at : at + rng.randint(1, 40)]
+            else:
+                damaged[at:at] = rng.randbytes(rng.randint(1, 40))
+            damaged = damaged or bytearray(b"\n")
+        path.write_bytes(damaged)
+        try:
+            read_all(path)
+        except LogCorruptError:
+            assert path.read_bytes() == damaged
+
+
+def test_damage_seen_without_the_lock_is_looked_at_again_with_it(
+    log: FileLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = acknowledged(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:150] + b"\0" * 20 + whole[170:])
+    original = log._acquire
+
+    def arrives() -> None:
+        original()
+        path.write_bytes(whole)
+
+    monkeypatch.setattr(log, "_acquire", arrives)
+    assert list(log.exchange([], START, NOTHING).news) == records
+
+
+# --- the file itself -----------------------------------------------------------------------------
+
+
+def test_a_replaced_file_is_noticed(log: FileLog, path: Path) -> None:
+    acknowledged(path)
+    cursor = log.exchange([], START, NOTHING).cursor
+    other = path.with_name("other")
+    FileLog(str(other)).exchange([study(9), *map(trial, range(10))], START, NOTHING)
+    os.replace(other, path)  # noqa: PTH105
+    for records in ([], [trial(4)]):
+        with pytest.raises(LogReplacedError, match="new storage"):
+            log.exchange(records, cursor, NOTHING)
+    assert len(log.exchange([], START, NOTHING).news) == 11
+
+
+def test_a_copy_of_the_same_journal_in_its_place_goes_on(log: FileLog, path: Path) -> None:
+    acknowledged(path)
+    cursor = log.exchange([], START, NOTHING).cursor
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    os.replace(copy, path)  # noqa: PTH105
+    assert seqs(log.exchange([trial(4)], cursor, NOTHING).news) == [4]
+    assert seqs(read_all(path)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("how", ["truncated", "removed", "rewritten"])
+def test_a_file_that_lost_what_was_read_is_noticed(log: FileLog, path: Path, how: str) -> None:
+    acknowledged(path)
+    cursor = log.exchange([], START, NOTHING).cursor
+    if how == "truncated":
+        os.truncate(path, 100)
+    elif how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(map(encode_line, [study(), *map(trial, range(5, 20))])))
+    with pytest.raises(LogReplacedError):
+        log.exchange([], cursor, NOTHING)
+    with pytest.raises(LogReplacedError):
+        log.exchange([trial(4)], cursor, NOTHING)
+    assert path.exists() == (how != "removed"), "a journal must not begin anew in the middle"
+
+
+def test_the_file_stays_open_and_closes(log: FileLog) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    fd = log._fd
+    log.exchange([trial(1)], cursor, NOTHING)
+    assert log._fd == fd
+    log.close()
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    assert seqs(log.exchange([], cursor, NOTHING).news) == [1]
+
+
+def test_relative_paths_do_not_follow_chdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = FileLog("journal")
+    monkeypatch.chdir("/")
+    log.exchange([study()], START, NOTHING)
+    assert seqs(read_all(tmp_path / "journal")) == [0]
+
+
+def test_pickle_carries_path_lock_and_options(path: Path) -> None:
+    log = FileLog(str(path), OptunaOpenLock(str(path)), durability="process")
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    copy = pickle.loads(pickle.dumps(log))
+    assert type(copy._lock) is OptunaOpenLock
+    assert copy._durability == "process"
+    assert seqs(copy.exchange([trial(1)], cursor, NOTHING).news) == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_opens_for_itself(log: FileLog, path: Path) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    log._mutex.acquire()  # as if another thread were in an exchange
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            if log._fd < 0 and seqs(log.exchange([trial(1)], cursor, NOTHING).news) == [1]:
+                status = 0
+        finally:
+            os._exit(status)
+    log._mutex.release()
+    assert os.waitpid(child, 0)[1] == 0
+    assert seqs(log.exchange([trial(2)], cursor, NOTHING).news) == [1, 2]
+
+
+def test_a_path_that_cannot_be_a_file(tmp_path: Path) -> None:
+    for bad in (tmp_path, tmp_path / "missing" / "journal"):
+        with pytest.raises(LogUnavailableError):
+            FileLog(str(bad))
+
+
+def test_a_file_that_may_only_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    acknowledged(path)
+    original = os.open
+
+    def read_only(name: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(13, "Permission denied", name)
+        return original(name, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    log = FileLog(str(path))
+    batch = log.exchange([], START, NOTHING)
+    assert seqs(batch.news) == [0, 1, 2, 3]
+    with pytest.raises(LogUnavailableError, match="can't be locked for writing"):
+        log.exchange([trial(4)], batch.cursor, NOTHING)
+    monkeypatch.undo()
+    log.close()
+    os.chmod(path, 0o444)  # noqa: PTH101
+    assert seqs(log.exchange([], START, NOTHING).news) == [0, 1, 2, 3]
+
+
+# --- Optuna's two methods ------------------------------------------------------------------------
+
+
+def test_optunas_methods_keep_every_field(log: FileLog, path: Path) -> None:
+    logs = [{"op_code": 10, "worker_id": "w", "extra": None}, {"op_code": 4, "worker_id": "w"}]
+    log.append_logs(logs[:1])
+    log.append_logs([])
+    OptunaFileBackend(str(path)).append_logs(logs[1:])
+    for _ in range(2):
+        read = [{k: v for k, v in f.items() if k != "crc"} for f in log.read_logs(0)]
+        assert read == logs
+    assert log.read_logs(1) == logs[1:]
+    assert log.read_logs(2) == []
+    with SyncCounter() as syncs:
+        log.append_logs([{"op_code": 9, "worker_id": "w"}])
+    assert syncs.total == 1, "Optuna's storage relies on it"
+    assert len(log.read_logs(2)) == 1
+    assert len(log.read_logs(1)) == 2
+
+
+# --- the snapshot beside it ----------------------------------------------------------------------
+
+
+def test_snapshots_come_back(log: FileLog, path: Path) -> None:
+    assert isinstance(log, SnapshotStore)
+    assert log.load_snapshot() is None
+    assert log.save_snapshot(lambda: (b"nothing yet", START))
+    assert log.save_snapshot(lambda: None)
+    assert log.load_snapshot() is None
+    cursor = log.exchange([study(), trial(1)], START, NOTHING).cursor
+    assert log.save_snapshot(lambda: (b"contents", cursor))
+    log.exchange([trial(2)], cursor, NOTHING)
+    assert FileLog(str(path)).load_snapshot() == (b"contents", cursor)
+    assert Path(f"{path}.snapshot").read_bytes()[0] == 0xFF
+    assert not Path(f"{path}.snapshot.new").exists()
+
+
+def test_foreign_stale_and_damaged_snapshots_are_ignored(log: FileLog, path: Path) -> None:
+    sidecar = Path(f"{path}.snapshot")
+    cursor = log.exchange([study(), trial(1)], START, NOTHING).cursor
+    assert log.save_snapshot(lambda: (b"contents", cursor))
+    good = sidecar.read_bytes()
+    for position in range(len(good)):
+        sidecar.write_bytes(good[:position])
+        assert log.load_snapshot() is None
+        flipped = bytearray(good)
+        flipped[position] ^= 4
+        sidecar.write_bytes(flipped)
+        assert log.load_snapshot() is None
+    for foreign in (b"", pickle.dumps({"a": 1}), b"\xff", good + b"more", os.urandom(500)):
+        sidecar.write_bytes(foreign)
+        assert log.load_snapshot() is None
+    sidecar.write_bytes(good)
+    assert log.load_snapshot() == (b"contents", cursor)
+    path.write_bytes(encode_line(study(5)) + encode_line(trial(1)))
+    assert FileLog(str(path)).load_snapshot() is None
+    path.unlink()
+    assert log.load_snapshot() is None
+
+
+def test_one_writer_of_a_snapshot_at_a_time(log: FileLog, path: Path) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    busy = os.open(f"{path}.snapshot.new", os.O_WRONLY | os.O_CREAT)
+    file_module.fcntl.flock(busy, file_module.fcntl.LOCK_EX)
+    assert not log.save_snapshot(pytest.fail)
+    assert log.load_snapshot() is None
+    os.close(busy)
+    assert log.save_snapshot(lambda: (b"contents", cursor))
+    assert log.load_snapshot() == (b"contents", cursor)

@@ -1,0 +1,639 @@
+"""Exchange by exchange, the tables log says what a dict that does the same would say.
+
+``Model`` is a replica in a dozen lines: it holds what the news said, and nothing else.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+import json
+import math
+from pathlib import Path
+import pickle
+import threading
+from typing import Any
+
+import msgspec
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
+import pytest
+
+from servers import new_database
+from trialstore import records as r
+from trialstore.log import NOTHING, Wanted
+from trialstore.logs.relational import TablesLog
+from trialstore.records import Outcome, Verdict
+
+X = distribution_to_json(FloatDistribution(0, 1))
+CHOICES = distribution_to_json(CategoricalDistribution(["a", "b"]))
+OTHER_CHOICES = distribution_to_json(CategoricalDistribution(["a", "c"]))
+START = datetime(2026, 3, 4, 5, 6, 7, 890123)
+
+SERVERS = [
+    pytest.param(kind, marks=pytest.mark.servers) for kind in ("psycopg", "psycopg2", "pymysql")
+]
+
+
+@pytest.fixture(params=["sqlite", "memory", *SERVERS])
+def kind(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(params=["sqlite", *SERVERS])
+def shared_kind(request: pytest.FixtureRequest) -> str:
+    """Kinds that two logs can meet on."""
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def url(kind: str, tmp_path: Path) -> str:
+    return new_database(kind, tmp_path)
+
+
+@pytest.fixture
+def shared_url(shared_kind: str, tmp_path: Path) -> str:
+    return new_database(shared_kind, tmp_path)
+
+
+class Model:
+    """What a replica holds, by the news alone; the cursor goes through msgpack each time."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.log = TablesLog(url, **options)
+        self.cursor: Any = None
+        self.studies: dict[int, r.PutStudy] = {}
+        self.trials: dict[int, r.PutTrial] = {}
+        self.params: dict[tuple[int, str], str] = {}
+        self.n_news = 0
+
+    def do(self, *records: r.Operation, **wanted: Any) -> list[Outcome]:
+        sets = {k: frozenset(v) if isinstance(v, set) else v for k, v in wanted.items()}
+        batch = self.log.exchange(list(records), self.cursor, Wanted(**sets) if sets else NOTHING)
+        self.n_news = len(batch.news)
+        last = (0, 0)
+        for record in batch.news:
+            if isinstance(record, r.DeleteStudy):
+                assert record.study_id in self.studies
+                del self.studies[record.study_id]
+                gone = [x.trial_id for x in self.trials.values() if x.study_id == record.study_id]
+                for trial_id in gone:
+                    del self.trials[trial_id]
+            elif isinstance(record, r.PutStudy):
+                self.studies[record.study_id] = record
+            elif isinstance(record, r.PutTrial):
+                assert record.study_id in self.studies
+                assert last < (record.study_id, record.trial_id)
+                last = (record.study_id, record.trial_id)
+                self.trials[record.trial_id] = record
+            elif isinstance(record, r.PutParam):
+                self.params[record.study_id, record.param_name] = record.distribution
+        self.cursor = msgspec.msgpack.decode(msgspec.msgpack.encode(batch.cursor), strict=False)
+        assert batch.outcomes is not None
+        return list(batch.outcomes)
+
+    def study(self, name: str = "s", directions: tuple[int, ...] = (1,)) -> int:
+        made = self.do(r.CreateStudy(worker_id="w", study_name=name, directions=list(directions)))
+        assert made[0].verdict == Verdict.ACCEPTED
+        return made[0].id
+
+    def trial(self, study_id: int, **template: Any) -> int:
+        record = r.CreateTrial(
+            worker_id="w", study_id=study_id, datetime_start=time(0), **template
+        )
+        made = self.do(record)
+        assert made[0].verdict == Verdict.ACCEPTED
+        return made[0].id
+
+    def queue(self, study_id: int, **template: Any) -> int:
+        record = r.CreateTrial(
+            worker_id="w", study_id=study_id, datetime_start=None, state=r.WAITING, **template
+        )
+        return self.do(record)[0].id
+
+    def read(self, study_id: int) -> list[r.PutTrial]:
+        self.do(trials_of={study_id})
+        found = [x for x in self.trials.values() if x.study_id == study_id]
+        return sorted(found, key=lambda x: x.number)
+
+
+def time(second: int) -> str:
+    return r.format_time(START + timedelta(seconds=second))
+
+
+def tell(trial_id: int, *values: float, state: int = r.COMPLETE) -> r.SetTrialStateValues:
+    return r.SetTrialStateValues(
+        worker_id="w",
+        trial_id=trial_id,
+        state=state,
+        values=list(values) or None,
+        datetime_complete=time(9),
+    )
+
+
+def claim(trial_id: int) -> r.SetTrialStateValues:
+    return r.SetTrialStateValues(
+        worker_id="w", trial_id=trial_id, state=r.RUNNING, values=None, datetime_start=time(5)
+    )
+
+
+def param(trial_id: int, name: str, value: float = 0.5, of: str = X) -> r.SetTrialParam:
+    return r.SetTrialParam(
+        worker_id="w",
+        trial_id=trial_id,
+        param_name=name,
+        param_value_internal=value,
+        distribution=of,
+    )
+
+
+def verdicts(outcomes: list[Outcome]) -> list[str]:
+    return [outcome.verdict.name for outcome in outcomes]
+
+
+def test_a_trial_comes_back_as_it_was_written(url: str, kind: str) -> None:
+    one = Model(url)
+    study_id = one.study(directions=(1, 2))
+    trial_id = one.trial(study_id)
+    one.do(
+        param(trial_id, "z", 0.25),
+        param(trial_id, "a", 1.0, CHOICES),
+        r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={"k": [1, None, "é\0"]}),
+        r.SetTrialSystemAttr(worker_id="w", trial_id=trial_id, system_attr={"s": math.inf}),
+        *[
+            r.SetTrialIntermediateValue(
+                worker_id="w", trial_id=trial_id, step=step, intermediate_value=value
+            )
+            for step, value in ((3, math.nan), (1, math.inf), (2, -math.inf), (7, 1e-310))
+        ],
+    )
+    assert verdicts(one.do(tell(trial_id, math.inf, 5e-324))) == ["ACCEPTED"]
+    (trial,) = Model(url).read(study_id) if kind != "memory" else one.read(study_id)
+    assert list(trial.params.items()) == [("z", 0.25), ("a", 1.0)]
+    assert trial.distributions == [X, CHOICES]
+    assert trial.user_attrs == {"k": [1, None, "é\0"]}
+    assert trial.system_attrs == {"s": math.inf}
+    steps = trial.intermediate_values
+    assert math.isnan(steps.pop(3))
+    assert steps == {1: math.inf, 2: -math.inf, 7: 1e-310}
+    assert trial.values == [math.inf, 5e-324]
+    assert (trial.number, trial.state) == (0, r.COMPLETE)
+    if kind != "pymysql":  # DATETIME there keeps whole seconds.
+        assert (trial.datetime_start, trial.datetime_complete) == (time(0), time(9))
+    (study,) = one.studies.values()
+    assert study.directions == [1, 2]
+
+
+def test_a_template_comes_back_as_it_was_written(url: str, kind: str) -> None:
+    one = Model(url)
+    study_id = one.study()
+    made = one.do(
+        r.CreateTrial(
+            worker_id="w",
+            study_id=study_id,
+            datetime_start=time(1),
+            datetime_complete=time(2),
+            state=r.COMPLETE,
+            value=0.5,
+            params={"b": 0.1, "a": 0.2},
+            distributions={"a": X, "b": X},
+            user_attrs={"u": 1},
+            system_attrs={"s": {"x": [1]}},
+            intermediate_values={"4": 0.5},
+        ),
+        r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=None, state=r.WAITING),
+    )
+    assert verdicts(made) == ["ACCEPTED", "ACCEPTED"]
+    first, second = one.read(study_id)
+    assert [first.trial_id, second.trial_id] == [outcome.id for outcome in made]
+    assert (first.number, second.number) == (0, 1)
+    assert list(first.params.items()) == [("b", 0.1), ("a", 0.2)]
+    assert first.values == [0.5]
+    assert first.user_attrs == {"u": 1}
+    assert first.system_attrs == {"s": {"x": [1]}}
+    assert first.intermediate_values == {4: 0.5}
+    assert (second.state, second.datetime_start) == (r.WAITING, None)
+
+
+def test_verdicts(url: str) -> None:
+    one = Model(url)
+    study_id = one.study()
+    again = r.CreateStudy(worker_id="w", study_name="s", directions=[2, 2])
+    assert one.do(again) == [Outcome(Verdict.DUPLICATED_STUDY)]
+    running, queued = one.trial(study_id), one.queue(study_id)
+    attr = {"user_attr": {"a": 1}}
+    assert verdicts(
+        one.do(
+            claim(running),
+            claim(queued),
+            claim(queued),
+            param(999, "x"),
+            r.CreateTrial(worker_id="w", study_id=999, datetime_start=None),
+            r.SetStudyUserAttr(worker_id="w", study_id=999, **attr),
+            r.SetStudyUserAttr(worker_id="w", study_id=study_id, **attr),
+            r.DeleteStudy(worker_id="w", study_id=999),
+            tell(running),
+            tell(running, 1.0),
+            param(running, "x"),
+            r.SetTrialUserAttr(worker_id="w", trial_id=running, **attr),
+        )
+    ) == [
+        "LOST",
+        "ACCEPTED",
+        "LOST",
+        "NO_TRIAL",
+        "NO_STUDY",
+        "NO_STUDY",
+        "ACCEPTED",
+        "NO_STUDY",
+        "ACCEPTED",
+        "FINISHED",
+        "FINISHED",
+        "FINISHED",
+    ]
+    first, second = one.read(study_id)
+    assert (first.state, first.values, first.params, first.user_attrs) == (1, None, {}, {})
+    assert second.state == r.RUNNING and second.datetime_start is not None
+    assert one.studies[study_id].directions == [1]
+    assert one.studies[study_id].user_attrs == {"a": 1}
+
+
+def test_a_parameter_is_judged_where_that_is_wanted(url: str) -> None:
+    one = Model(url)
+    study_id = one.study()
+    first, second = one.trial(study_id), one.trial(study_id)
+    pair = {(study_id, "c")}
+    assert verdicts(one.do(param(first, "c", 0.0, CHOICES), params=pair)) == ["ACCEPTED"]
+    assert one.params[study_id, "c"] == CHOICES
+    outcomes = one.do(param(second, "c", 0.0, OTHER_CHOICES), param(second, "d"), params=pair)
+    assert verdicts(outcomes) == ["INCOMPATIBLE", "ACCEPTED"]
+    assert one.read(study_id)[1].params == {"d": 0.5}
+
+
+def test_a_parameter_set_twice_overwrites_and_keeps_its_place(url: str) -> None:
+    one = Model(url)
+    study_id = one.study()
+    trial_id = one.trial(study_id)
+    one.do(param(trial_id, "b", 0.1), param(trial_id, "a", 0.2))
+    one.do(param(trial_id, "b", 0.3), trials={trial_id})
+    assert list(one.trials[trial_id].params.items()) == [("b", 0.3), ("a", 0.2)]
+
+
+def test_what_is_named_and_does_not_exist(url: str) -> None:
+    one = Model(url)
+    one.do(studies={5}, names={"no"}, trials={7}, numbers={(5, 0)}, trials_of={6}, waiting_of={7})
+    assert (one.studies, one.trials) == ({}, {})
+
+
+def test_the_study_of_a_trial_comes_with_it(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    trial_id = one.trial(one.study())
+    two.do(trials={trial_id})
+    assert set(two.studies) == {two.trials[trial_id].study_id}
+    three = Model(shared_url)
+    study_id = two.trials[trial_id].study_id
+    three.do(numbers={(study_id, 0)})
+    assert set(three.trials) == {trial_id}
+
+
+def test_two_logs_follow_each_other(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    trials = [one.trial(study_id) for _ in range(3)]
+    assert [x.number for x in two.read(study_id)] == [0, 1, 2]
+    theirs = two.trial(study_id)
+    one.do(param(trials[0], "x"), tell(trials[1], 1.0))
+    states = [x.state for x in two.read(study_id)]
+    assert states == [r.RUNNING, r.COMPLETE, r.RUNNING, r.RUNNING]
+    assert two.trials[trials[0]].params == {"x": 0.5}
+    assert one.read(study_id) == two.read(study_id)
+    two.do(tell(theirs, 2.0), tell(trials[0], 3.0))
+    assert one.read(study_id) == two.read(study_id)
+    one.do(*[tell(trials[2], 3.0)])
+    assert one.read(study_id) == two.read(study_id)
+    two.do(trials_of={study_id})
+    assert two.n_news == 0, "a poll after which nothing changed"
+
+
+def test_a_waiting_check_pulls_only_the_queue(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    for _ in range(3):
+        one.do(tell(one.trial(study_id), 1.0))
+    queued = [one.queue(study_id, user_attrs={"n": i}) for i in range(4)]
+    two.do(waiting_of={study_id})
+    assert set(two.trials) == set(queued)
+    one.do(claim(queued[1]), tell(queued[3], state=r.FAIL))
+    running = one.trial(study_id)
+    two.do(waiting_of={study_id})
+    waiting = {x.trial_id for x in two.trials.values() if x.state == r.WAITING}
+    assert waiting == {queued[0], queued[2]}
+    assert running not in two.trials
+    requeue = r.SetTrialStateValues(worker_id="w", trial_id=running, state=r.WAITING, values=None)
+    one.do(requeue)
+    two.do(waiting_of={study_id})
+    assert two.trials[running].state == r.WAITING
+    two.do(waiting_of={study_id})
+    assert two.n_news == 0
+    assert two.read(study_id) == one.read(study_id)
+
+
+def test_narrow_reads_never_skip_what_a_wide_one_needs(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    first = one.trial(study_id)
+    two.read(study_id)
+    second = one.trial(study_id)
+    two.do(waiting_of={study_id})
+    own = two.trial(study_id)
+    one.do(tell(first, 1.0), tell(second, 2.0))
+    two.do(waiting_of={study_id})
+    two.do(trials={own})
+    assert [x.state for x in two.read(study_id)] == [r.COMPLETE, r.COMPLETE, r.RUNNING]
+    assert two.read(study_id) == one.read(study_id)
+
+
+def test_a_deleted_study_is_told(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id, other_id = one.study(), one.study("other")
+    trial_id = one.trial(study_id)
+    two.read(study_id)
+    two.do(catalogue=True)
+    assert set(two.studies) == {study_id, other_id}
+    deleted = one.do(
+        r.DeleteStudy(worker_id="w", study_id=study_id),
+        r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=None),
+    )
+    assert verdicts(deleted) == ["ACCEPTED", "NO_STUDY"]
+    assert set(one.studies) == {other_id}
+    for wanted in ({"trials_of": {study_id}}, {"trials": {trial_id}}, {"catalogue": True}):
+        three = Model(shared_url)
+        three.cursor, three.studies, three.trials = two.cursor, {**two.studies}, {**two.trials}
+        three.do(**wanted)
+        assert set(three.studies) == {other_id}, wanted
+
+
+def test_deleted_and_created_again_under_the_same_name(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    for _ in range(3):
+        one.do(tell(one.trial(study_id), 1.0))
+    two.read(study_id)
+    again = r.CreateStudy(worker_id="w", study_name="s", directions=[1])
+    outcomes = one.do(r.DeleteStudy(worker_id="w", study_id=study_id), again)
+    new_id = outcomes[1].id
+    for second in range(4):
+        made = r.CreateTrial(worker_id="w", study_id=new_id, datetime_start=time(60 + second))
+        one.do(made)
+    assert [x.state for x in one.read(new_id)] == [r.RUNNING] * 4
+    assert [x.state for x in two.read(new_id)] == [r.RUNNING] * 4
+    two.do(studies={study_id})
+    assert two.read(new_id) == one.read(new_id)
+    assert set(two.studies) == {new_id}
+
+
+def test_an_id_given_to_a_study_of_another_name(tmp_path: Path) -> None:
+    url = new_database("sqlite", tmp_path)
+    one, two = Model(url), Model(url)
+    study_id = one.study()
+    one.trial(study_id)
+    two.read(study_id)
+    one.do(r.DeleteStudy(worker_id="w", study_id=study_id))
+    assert one.study("other") == study_id
+    two.do(catalogue=True)
+    assert [x.study_name for x in two.studies.values()] == ["other"]
+    assert two.trials == {}
+    assert two.read(study_id) == []
+
+
+def test_study_attributes_are_read_again(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    two.do(names={"s"})
+    for value in (1, 2):
+        one.do(
+            r.SetStudyUserAttr(worker_id="w", study_id=study_id, user_attr={"k": value}),
+            r.SetStudySystemAttr(worker_id="w", study_id=study_id, system_attr={"k": [value]}),
+        )
+        two.do(studies={study_id})
+        assert two.studies[study_id].user_attrs == {"k": value}
+        assert two.studies[study_id].system_attrs == {"k": [value]}
+    two.do(studies={study_id})
+    assert two.n_news == 0
+
+
+def test_numbers_have_no_gap_and_no_double_between_threads(shared_url: str) -> None:
+    study_id = Model(shared_url).study()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            mine = Model(shared_url)
+            for _ in range(20):
+                trial_id = mine.trial(study_id)
+                mine.do(param(trial_id, "x"), tell(trial_id, 1.0))
+            mine.log.close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    trials = Model(shared_url).read(study_id)
+    assert [x.number for x in trials] == list(range(80))
+    assert [x.trial_id for x in trials] == sorted(x.trial_id for x in trials)
+    assert {x.state for x in trials} == {r.COMPLETE}
+
+
+def test_a_queued_trial_is_claimed_once(shared_url: str) -> None:
+    one = Model(shared_url)
+    study_id = one.study()
+    queued = [one.queue(study_id) for _ in range(20)]
+    won: list[int] = []
+
+    def work() -> None:
+        mine = Model(shared_url)
+        for trial_id in queued:
+            if mine.do(claim(trial_id))[0].verdict == Verdict.ACCEPTED:
+                won.append(trial_id)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == queued
+
+
+def test_beside_a_plain_optuna_worker(shared_url: str) -> None:
+    theirs = optuna.storages.RDBStorage(shared_url)
+    plain = optuna.create_study(study_name="s", storage=theirs)
+    mine = Model(shared_url)
+    mine.do(names={"s"})
+    (study_id,) = mine.studies
+    for i in range(5):
+        trial_id = mine.trial(study_id)
+        asked = plain.ask()
+        x = asked.suggest_float("x", 0, 1)
+        c = asked.suggest_categorical("c", ["a", "b"])
+        asked.set_user_attr("k", {"i": i})
+        asked.report(0.5, 1)
+        mine.do(param(trial_id, "x", i / 10), waiting_of={study_id})
+        plain.tell(asked, i)
+        mine.do(tell(trial_id, float(i)))
+        trial = mine.read(study_id)[-1]
+        assert trial.params == {"x": x, "c": ["a", "b"].index(c)}
+        assert (trial.values, trial.user_attrs) == ([i], {"k": {"i": i}})
+        assert trial.intermediate_values == {1: 0.5}
+    read = plain.get_trials()
+    assert [t.number for t in read] == list(range(10))
+    for ours, trial in zip(mine.read(study_id), read, strict=True):
+        assert ours.values == trial.values
+        assert ours.state == trial.state.value
+        assert ours.datetime_start is not None and ours.datetime_complete is not None
+        assert r.parse_time(ours.datetime_start) == trial.datetime_start
+        assert r.parse_time(ours.datetime_complete) == trial.datetime_complete
+        assert ours.user_attrs == trial.user_attrs
+
+
+def test_values_that_no_column_holds_are_refused_by_name(url: str, kind: str) -> None:
+    one = Model(url)
+    study_id = one.study()
+    trial_id = one.trial(study_id)
+
+    def attr(key: str) -> r.SetTrialUserAttr:
+        return r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={key: 1})
+
+    bad: list[r.Operation] = [
+        attr("k" * 513),
+        attr("\ud800"),
+        param(trial_id, "p" * 513),
+        param(trial_id, "p", math.nan),
+        tell(trial_id, math.nan),
+        r.CreateStudy(worker_id="w", study_name="n" * 513, directions=[1]),
+        r.SetTrialIntermediateValue(
+            worker_id="w", trial_id=trial_id, step=2**63, intermediate_value=0.0
+        ),
+    ]
+    if kind in ("psycopg", "psycopg2"):
+        bad += [attr("a\0b")]
+    if kind == "pymysql":
+        big = {"big": "x" * 70_000}
+        bad += [r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr=big)]
+    for record in bad:
+        with pytest.raises(ValueError):
+            one.do(param(trial_id, "ok"), record)
+    (trial,) = one.read(study_id)
+    assert (trial.params, trial.user_attrs, trial.state) == ({}, {}, r.RUNNING)
+    one.do(attr("k" * 512), attr("é" * 512))
+    assert set(one.read(study_id)[0].user_attrs) == {"k" * 512, "é" * 512}
+
+
+@pytest.mark.servers
+def test_keys_that_mysql_holds_equal_are_refused(tmp_path: Path) -> None:
+    one = Model(new_database("pymysql", tmp_path))
+    trial_id = one.trial(one.study())
+    one.do(r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={"LR": 1}))
+    for key in ("lr", "LR "):
+        with pytest.raises(ValueError, match=f"Trial {trial_id}.*{key!r}"):
+            one.do(
+                param(trial_id, "x"),
+                r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={key: 2}),
+            )
+    one.do(trials={trial_id})
+    assert one.trials[trial_id].user_attrs == {"LR": 1}
+    assert one.trials[trial_id].params == {}
+
+
+def test_rows_that_nobody_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import sqlite3
+
+    one = Model(new_database("sqlite", tmp_path))
+    study_id = one.study()
+    trials = [one.trial(study_id) for _ in range(3)]
+    for trial_id in trials:
+        one.do(
+            param(trial_id, "x"),
+            param(trial_id, "c", 1.0, CHOICES),
+            r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={"k": 1}),
+            tell(trial_id, 1.0),
+        )
+    raw = sqlite3.connect(one.log.engine.url.database or "")
+    raw.execute("UPDATE trial_user_attributes SET value_json='{' WHERE trial_id=1")
+    raw.execute("UPDATE trial_params SET param_value=9 WHERE trial_id=1 AND param_name='c'")
+    raw.execute("UPDATE trial_params SET distribution_json='?' WHERE trial_id=2")
+    raw.execute("UPDATE trial_values SET value=NULL WHERE trial_id=2")
+    raw.execute("UPDATE trials SET state='ODD', datetime_start='never' WHERE trial_id=3")
+    raw.commit()
+    optuna.logging.enable_propagation()
+    for _ in range(2):
+        two = Model(str(one.log.url))
+        first, second, third = two.read(study_id)
+        assert (first.params, first.user_attrs, first.values) == ({"x": 0.5}, {}, [1.0])
+        assert (second.params, second.values, second.state) == ({}, None, r.FAIL)
+        assert (third.state, third.datetime_start) == (r.FAIL, None)
+    text = caplog.text
+    for part in ("trial 1: user attribute 'k'", "trial 1: parameter 'c'", "trial 2: its values"):
+        assert part in text
+
+
+def test_the_catalogue_counts_without_loading(url: str) -> None:
+    one = Model(url)
+    study_id, empty_id = one.study(), one.study("empty")
+    for value in (1.0, math.inf, -math.inf, -math.inf, 3.0):
+        one.do(tell(one.trial(study_id), value))
+    ids = [x.trial_id for x in one.read(study_id)]
+    one.queue(study_id)
+    assert one.log.counts(study_id) == {r.COMPLETE: 5, r.WAITING: 1}
+    assert one.log.counts(empty_id) == {}
+    assert one.log.best_trial_id(study_id, False) == ids[2]
+    assert one.log.best_trial_id(study_id, True) == ids[1]
+    assert one.log.best_trial_id(empty_id, True) is None
+    states, start = one.log.summaries()[study_id]
+    assert states == {r.COMPLETE: 5, r.WAITING: 1}
+    assert start is not None and start[:19] in (time(0)[:19], time(1)[:19])
+
+
+def test_pickled_it_carries_its_address(shared_url: str) -> None:
+    one = TablesLog(shared_url)
+    two = pickle.loads(pickle.dumps(one))
+    assert two.url == one.url
+    assert two.exchange([], None, Wanted(catalogue=True)).news == []
+    assert len(pickle.dumps(one)) < 1000
+
+
+def test_the_memory_database_is_one_for_all_threads() -> None:
+    one = Model("sqlite:///:memory:")
+    study_id = one.study()
+    thread = threading.Thread(target=lambda: one.trial(study_id))
+    thread.start()
+    thread.join()
+    assert len(one.read(study_id)) == 1
+
+
+def test_only_the_literal_template_is_filled_in(tmp_path: Path) -> None:
+    log = TablesLog(f"sqlite:///{tmp_path}/{{SCHEMA_VERSION}}-{{x}}-50%.db")
+    assert (tmp_path / "12-{x}-50%.db").exists()
+    log.close()
+
+
+def test_a_missing_driver_is_an_import_error() -> None:
+    with pytest.raises(ImportError, match="Failed to import DB access module"):
+        TablesLog("mysql+mysqldb://u:secret@127.0.0.1/x")
+
+
+def test_json_is_as_optuna_writes_it(tmp_path: Path) -> None:
+    import sqlite3
+
+    one = Model(new_database("sqlite", tmp_path))
+    trial_id = one.trial(one.study())
+    value = {"b": [1.5, "é"], "a": None}
+    one.do(r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={"k": value}))
+    raw = sqlite3.connect(one.log.engine.url.database or "")
+    assert raw.execute("SELECT value_json FROM trial_user_attributes").fetchall() == [
+        (json.dumps(value),)
+    ]
