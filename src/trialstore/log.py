@@ -7,7 +7,7 @@ never another log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
@@ -157,4 +157,69 @@ class SnapshotStore(Protocol):
 
     def load_snapshot(self) -> tuple[bytes | memoryview, Cursor] | None:
         """The stored snapshot and its cursor; None if there is none that belongs to this log."""
+        ...
+
+
+Decide = Callable[[Sequence[Record], Cursor], Sequence[AnyOperation]]
+"""Given the news and the cursor after them, the operations to append; none leaves the log alone.
+
+It may be called again, with the news since its last call; what it returned before is then void.
+"""
+
+
+@runtime_checkable
+class ConditionalLog(Protocol):
+    """A log that can append on the condition that its caller has seen everything before."""
+
+    def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
+        """Append what ``decide`` says, with nothing between what it was told and its records.
+
+        "Nothing" that changes the truth about ``wanted``; a log may be stricter. Where exclusion
+        is cheap, ``decide`` runs once, inside it; elsewhere the append is tried and, if somebody
+        came between, ``decide`` runs again with what is new.
+
+        Returns:
+            As ``exchange``, of what followed the news that ``decide`` saw last; without records
+            to append, outcomes are empty.
+
+        Raises:
+            As ``exchange``; whatever ``decide`` raises, with nothing appended.
+        """
+        ...
+
+
+@runtime_checkable
+class LeaseStore(Protocol):
+    """A log that knows which workers are alive, by its own clock, never by a worker's.
+
+    A *lease* is a worker's claim on the trials that it runs. A journal keeps one per owner (the
+    ``worker_id`` of a trial's creator or claimer), tables keep Optuna's heartbeat per trial. A
+    trial that was never covered by a lease is never stale.
+    """
+
+    def take_lease(self, owner: str) -> None:
+        """From now on every trial that ``owner`` creates or claims here is covered from its
+        first moment: the lease is kept before, or together with, that record."""
+        ...
+
+    def renew_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """Say, in one message, that ``owner`` lives and runs ``trial_ids``; those that are not
+        RUNNING any more are passed over."""
+        ...
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """Cover nothing any more, at an orderly end; the trials are then not stale either."""
+        ...
+
+    def expired(
+        self, study_id: int, running: Mapping[int, str], grace_period_s: float
+    ) -> Sequence[int]:
+        """RUNNING trials of a study whose lease was not renewed for ``grace_period_s``.
+
+        Args:
+            study_id: Where to look.
+            running: Trial id to owner of what the replica holds RUNNING, "" where unknown; a log
+                that keeps leases by trial may look for itself instead.
+            grace_period_s: By the log's clock.
+        """
         ...
