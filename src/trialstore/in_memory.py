@@ -21,7 +21,10 @@ class InMemoryStorage(Storage):
     def __init__(self, *, clock: Clock = CLOCK) -> None:
         # Nobody else reads the list, so a deferred write may wait until somebody here reads.
         super().__init__(
-            MemoryLog(keep_all=False), linger_s=math.inf, keep_objects=True, clock=clock
+            MemoryLog(keep_all=False, clock=clock),
+            linger_s=math.inf,
+            keep_objects=True,
+            clock=clock,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -33,5 +36,5 @@ class InMemoryStorage(Storage):
             for study_id in replica.study_ids():
                 images += replica.param_images(study_id)
                 images += replica.trial_images(study_id)
-        state["log"] = MemoryLog(images, keep_all=False)
+        state["log"] = MemoryLog(images, keep_all=False, clock=self._clock)
         return state

@@ -20,6 +20,7 @@ Source: docs/formats/journal.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 import enum
 import json
@@ -261,6 +262,15 @@ def must_be_durable(records: list[Operation]) -> bool:
     with the machine until then.
     """
     return any(type(record) in _DURABLE for record in records)
+
+
+def owners_of_started(records: Sequence[Operation]) -> set[str]:
+    """The ``worker_id`` of whoever creates a RUNNING trial or claims one."""
+    return {
+        record.worker_id
+        for record in records
+        if isinstance(record, CreateTrial | SetTrialStateValues) and record.state == RUNNING
+    }
 
 
 class Verdict(enum.IntEnum):

@@ -14,6 +14,8 @@ from trialstore.logs.file import FileLog
 from trialstore.logs.filelock import JournalFileOpenLock
 from trialstore.logs.memory import MemoryLog
 from trialstore.logs.relational.log import TablesLog
+from trialstore.testing.capability_suites import AgeLeases
+from trialstore.testing.faults import ManualClock
 from trialstore.testing.log_suite import LogSuite, OpenLog
 
 
@@ -21,9 +23,17 @@ class TestMemoryLog(LogSuite):
     crosses_processes = False
 
     @pytest.fixture
-    def open_log(self) -> OpenLog:
-        log = MemoryLog()
+    def clock(self) -> ManualClock:
+        return ManualClock()
+
+    @pytest.fixture
+    def open_log(self, clock: ManualClock) -> OpenLog:
+        log = MemoryLog(clock=clock)
         return lambda: log
+
+    @pytest.fixture
+    def age_leases(self, clock: ManualClock) -> AgeLeases:
+        return clock.advance
 
 
 class TestFileLog(LogSuite):

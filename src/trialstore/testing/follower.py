@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from trialstore import records as r
-from trialstore.log import NOTHING, START, Batch, Cursor, Log, Wanted
-from trialstore.records import AnyOperation, Outcome, Verdict
+from trialstore.log import NOTHING, START, Batch, ConditionalLog, Cursor, Log, Wanted
+from trialstore.records import AnyOperation, Outcome, Record, Verdict
 from trialstore.replica import Replica
 from trialstore.testing.contents import trial_contents
 
@@ -40,6 +41,24 @@ class Follower:
         """Append, apply the news, and say what became of each record."""
         batch = self.log.exchange(records, self.cursor, wanted)
         return self.take(batch, records)
+
+    def exchange_if(
+        self, decide: Callable[[], Sequence[AnyOperation]], wanted: Wanted
+    ) -> list[Outcome]:
+        """Let ``decide`` look at the replica, append what it says, and what became of that."""
+        decided: tuple[AnyOperation, ...] = ()
+
+        def told(news: Sequence[Record], cursor: Cursor) -> Sequence[AnyOperation]:
+            nonlocal decided
+            for record in news:
+                self.replica.apply(record)
+            self.cursor = cursor
+            decided = tuple(decide())
+            return decided
+
+        assert isinstance(self.log, ConditionalLog)
+        batch = self.log.exchange_if(told, self.cursor, wanted)
+        return self.take(batch, decided)
 
     def take(self, batch: Batch, records: tuple[AnyOperation, ...] = ()) -> list[Outcome]:
         """Apply an answer."""

@@ -12,7 +12,6 @@ Class attributes say what a log can't do; each is a promise that DESIGN.md lets 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import multiprocessing
 import os
 import pickle
@@ -31,6 +30,7 @@ import pytest
 from trialstore import records as r
 from trialstore.log import Log, Wanted
 from trialstore.records import Verdict
+from trialstore.testing.capability_suites import ConditionalSuite, LeaseSuite, OpenLog, run_threads
 from trialstore.testing.contents import plain, trial_contents
 from trialstore.testing.follower import Follower
 from trialstore.testing.values import ODD_ATTRIBUTES, ODD_FLOATS, ODD_TEXTS
@@ -39,15 +39,12 @@ _MINIMIZE = 1
 _TIME = "2026-01-02T03:04:05.678901"
 _DEADLINE_S = 120.0
 
-OpenLog = Callable[[], Log]
-
-
 _UNIT = distribution_to_json(FloatDistribution(0.0, 1.0))
 _CHOICES = distribution_to_json(CategoricalDistribution(["a", "b"]))
 
 
-class LogSuite:
-    """Every promise of ``Log``; subclass it."""
+class LogSuite(ConditionalSuite, LeaseSuite):
+    """Every promise of ``Log`` and of the capabilities that a log has; subclass it."""
 
     crosses_processes = True
     """Two processes can open the log."""
@@ -194,7 +191,7 @@ class LogSuite:
             except BaseException as error:
                 errors.append(error)
 
-        _run_threads([(work, follower) for follower in followers])
+        run_threads([(work, follower) for follower in followers])
         assert not errors
         first, *others = [follower.contents(study_id) for follower in followers]
         assert all(other == first for other in others)
@@ -249,7 +246,7 @@ class LogSuite:
             record = r.CreateStudy(study_name="s", directions=[_MINIMIZE], **follower.mark())
             verdicts.extend(outcome.verdict for outcome in follower.exchange(record))
 
-        _run_threads([(work, follower) for follower in followers])
+        run_threads([(work, follower) for follower in followers])
         assert sorted(verdicts) == [Verdict.ACCEPTED] + [Verdict.DUPLICATED_STUDY] * 7
 
     def test_a_waiting_trial_is_claimed_once(self, open_log: OpenLog) -> None:
@@ -271,7 +268,7 @@ class LogSuite:
                 else:
                     lost.append(outcome.verdict)
 
-        _run_threads([(work, follower) for follower in followers])
+        run_threads([(work, follower) for follower in followers])
         assert sorted(won) == ids
         assert lost == [Verdict.LOST] * 30
 
@@ -550,12 +547,3 @@ def create_trials(log: Log, worker_id: str, study_id: int, n_trials: int) -> Non
     follower.exchange(wanted=Wanted(studies=frozenset({study_id})))
     for _ in range(n_trials):
         follower.create_trial(study_id)
-
-
-def _run_threads(calls: list[tuple[Callable[[Follower], None], Follower]]) -> None:
-    threads = [threading.Thread(target=work, args=(follower,)) for work, follower in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(_DEADLINE_S)
-        assert not thread.is_alive(), "a writer hangs"
