@@ -121,6 +121,13 @@ def standalone() -> Iterator[_Where]:
 
 
 @pytest.fixture
+def plain_prefix() -> Iterator[_Where]:
+    where = _cluster("p%d")
+    yield where
+    where.client.close()
+
+
+@pytest.fixture
 def proxied(standalone: _Where) -> Iterator[tuple[_Where, CountingProxy]]:
     server = shared_redis()
     with CountingProxy("127.0.0.1", server.port) as proxy:
@@ -372,6 +379,45 @@ def test_a_deleted_number_key_is_corruption(where: _Where) -> None:
     with pytest.raises(LogCorruptError):
         log.exchange([_study("c", 2)], cursor, NOTHING)
     assert where.client.get(f"{where.prefix}:log_number") is None
+
+
+def _between_two_looks(log: RedisLog, happens: Callable[[], object]) -> None:
+    """Have something happen right after a log on a plain prefix has read the number."""
+    look = log._last_number
+
+    def look_once(door: Any) -> int:
+        log._last_number = look  # type: ignore[method-assign]
+        last = look(door)
+        happens()
+        return last
+
+    log._last_number = look_once  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("n_before", [0, 2])
+def test_a_writer_that_comes_between_two_looks_is_no_damage(
+    plain_prefix: _Where, n_before: int
+) -> None:
+    log, other = plain_prefix.open(), plain_prefix.open()
+    cursor = START
+    for seq in range(n_before):
+        cursor = log.exchange([_study("a", seq)], cursor, NOTHING).cursor
+    _between_two_looks(log, lambda: other.exchange([_study("b", 0, "busy")], cursor, NOTHING))
+    batch = log.exchange([_study("c", n_before)], cursor, NOTHING)
+    assert [record.worker_id for record in batch.news] == ["busy", "w"]  # type: ignore[union-attr]
+    assert plain_prefix.last() == n_before + 1
+
+
+def test_a_number_that_is_lost_between_two_looks_overwrites_nothing(plain_prefix: _Where) -> None:
+    log = plain_prefix.open()
+    cursor = log.exchange([_study("a", 0), _study("b", 1)], START, NOTHING).cursor
+    lines = [plain_prefix.line(number) for number in range(2)]
+    _between_two_looks(
+        log, lambda: plain_prefix.client.delete(f"{plain_prefix.prefix}:log_number")
+    )
+    with pytest.raises(LogCorruptError, match="evicted"):
+        log.exchange([_study("c", 2)], cursor, NOTHING)
+    assert [plain_prefix.line(number) for number in range(2)] == lines
 
 
 def test_a_journal_that_became_shorter_is_not_written_to(where: _Where) -> None:

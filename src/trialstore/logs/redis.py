@@ -631,6 +631,9 @@ class RedisLog(BaseJournalBackend):
             # Nobody is told of a reservation whose answer is lost; it becomes a hole.
             last = self._ask(functools.partial(self._reserve, count=len(lines)))
             end, first = last + 1, last + 1 - len(lines)
+            if first < number:
+                # The number was lost since it was looked at, and the reservation began it anew.
+                self._raise_damaged(b"beyond", number - 1, [], position)
             commands: list[tuple[Any, ...]] = [
                 ("SET", self._key(first + index), line, "NX") for index, line in enumerate(lines)
             ]
@@ -676,7 +679,11 @@ class RedisLog(BaseJournalBackend):
             if _bytes(found) != tail:
                 self._raise_damaged(b"changed", before, [], position)
         if last < 0 and self._ask(lambda door: door.command("EXISTS", self._key(0))):
-            self._raise_damaged(b"beyond", 0, [], position)
+            # Everybody reserves before writing, so the number says something about a record only
+            # if it is read after the record was seen: the first writer may have come in between.
+            last = self._ask(self._last_number)
+            if last < 0:
+                self._raise_damaged(b"beyond", 0, [], position)
         return last
 
     def _read(self, number: int, last: int) -> list[bytes]:
