@@ -12,14 +12,15 @@ record is in the log and only this process's memory is behind, which dies with t
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import itertools
 import logging
 import math
 from multiprocessing import util as multiprocessing_util
 import os
 import threading
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 import uuid
 import weakref
 
@@ -27,7 +28,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
-from trialstore.log import NOTHING, START, Cursor, Log, SnapshotStore, Wanted
+from trialstore.log import (
+    NOTHING,
+    START,
+    ConditionalLog,
+    Cursor,
+    Log,
+    SnapshotStore,
+    Wanted,
+)
 from trialstore.records import (
     ACCEPTED,
     AnyOperation,
@@ -41,6 +50,7 @@ from trialstore.replica import Replica
 from trialstore.snapshot import Saver, apply_all, catch_up, restore
 
 _logger = logging.getLogger("trialstore")
+_T = TypeVar("_T")
 
 _RETRY_PAUSE_MAX_S = 1.0
 _OUTBOX_MAX = 4096
@@ -212,6 +222,66 @@ class Exchanger:
             self._load(wanted)
         return outcomes
 
+    def run_if(
+        self, decide: Callable[[Replica], Sequence[AnyOperation]], wanted: Wanted
+    ) -> list[Outcome]:
+        """Append what ``decide`` says of the replica, with nothing between that it has not seen.
+
+        Args:
+            decide: Looks at the replica, which tells the truth about ``wanted``, and returns
+                records, each with a ``seq`` of its own, or none. It may be called again, and what
+                it returned before is then void. It must not use the storage.
+            wanted: What ``decide`` looks at.
+
+        Returns:
+            One outcome per record that ``decide`` returned last.
+
+        Raises:
+            RuntimeError: The log can't append conditionally.
+            As ``Log.exchange``; whatever ``decide`` raises, with nothing appended.
+        """
+        if not isinstance(self.log, ConditionalLog):
+            raise RuntimeError(f"{self.log!r} can't append on a condition; use another backend.")
+        with self.mutex:
+            behind = self._outbox or self._cursor is START or self.replica.unloaded(wanted)
+        if behind:
+            # The outbox goes first, and what is not loaded is read without holding the log.
+            self.run((), wanted)
+        decided: list[AnyOperation] = []
+
+        def told(news: Sequence[Record], cursor: Cursor) -> Sequence[AnyOperation]:
+            with self.mutex:
+                self._apply(news, (), [])
+                self._cursor = cursor
+                decided[:] = decide(self.replica)
+            return decided
+
+        with self._leading():
+            batch = self.log.exchange_if(told, self._cursor, wanted)
+            with self.mutex:
+                outcomes = self._apply(batch.news, batch.outcomes, decided)
+                self._cursor = batch.cursor
+                self.n_exchanges += 1
+        return outcomes
+
+    def use_log(self, use: Callable[[Any], _T]) -> _T:
+        """Call something else that the log can do, while no exchange is on the wire."""
+        with self._leading():
+            return use(self.log)
+
+    @contextlib.contextmanager
+    def _leading(self) -> Iterator[None]:
+        """Keep the wire for one thread; others' records and wishes gather meanwhile."""
+        with self.mutex:
+            while self._leader is not None:
+                self._exchanged.wait()
+            self._leader = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self.mutex:
+                self._release_lead()
+
     def _lead(
         self,
         records: Sequence[AnyOperation],
@@ -346,21 +416,15 @@ class Exchanger:
         They are read again, with those it holds, from the snapshot and the records after it.
         """
         with self.mutex:
-            missing = self.replica.unloaded(wanted)
-            if not missing:
+            if not self.replica.unloaded(wanted):
                 return
-            while self._leader is not None:
-                self._exchanged.wait()
-            self._leader = threading.get_ident()
-            focus = self.replica.loaded_study_ids() | missing
-        try:
+        with self._leading():
+            with self.mutex:
+                focus = self.replica.loaded_study_ids() | self.replica.unloaded(wanted)
             restored = restore(cast(Any, self.log), focus)
             restored = catch_up(self.log, restored)
             with self.mutex:
                 self.replica, self._cursor = restored.replica, restored.cursor
-        finally:
-            with self.mutex:
-                self._release_lead()
 
     def restore(self, replica: Replica, cursor: Cursor) -> None:
         """Go on from other contents, which stand at ``cursor`` of the same log."""

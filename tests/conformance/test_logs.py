@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import optuna
@@ -36,12 +37,23 @@ class TestMemoryLog(LogSuite):
         return clock.advance
 
 
+def age_beats(folder: Path, duration_s: float) -> None:
+    """Let time pass for the beats beside a journal file: they are further back."""
+    for path in folder.glob("*.beat"):
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - int(duration_s * 1e9)))
+
+
 class TestFileLog(LogSuite):
     shows_whole_batches = False
 
     @pytest.fixture
     def open_log(self, tmp_path: Path) -> OpenLog:
         return lambda: FileLog(str(tmp_path / "journal.log"))
+
+    @pytest.fixture
+    def age_leases(self, tmp_path: Path) -> AgeLeases:
+        return lambda duration_s: age_beats(tmp_path / "journal.log.beats", duration_s)
 
 
 class TestFileLogWithOpenLock(LogSuite):
@@ -69,6 +81,10 @@ class TestBackendLogOfOptunasFile(LogSuite):
     def open_log(self, tmp_path: Path) -> OpenLog:
         path = str(tmp_path / "journal.log")
         return lambda: BackendLog(optuna.storages.journal.JournalFileBackend(path))
+
+    @pytest.fixture
+    def age_leases(self, tmp_path: Path) -> AgeLeases:
+        return lambda duration_s: age_beats(tmp_path / "journal.log.beats", duration_s)
 
 
 class TestTablesLogOnSQLite(LogSuite):

@@ -1,7 +1,9 @@
 """A journal backend of the user's own, Optuna's two methods, as a log.
 
 ``read_logs`` and ``append_logs`` are two round trips where a log has one; nothing can be done
-about that without knowing what is behind them.
+about that without knowing what is behind them. For the same reason nothing is appended on a
+condition, and leases are kept only where the backend keeps them itself, or is Optuna's on a file:
+two methods have no clock, and a beat among the records would be there for ever.
 
 Source: Optuna ``BaseJournalBackend``, ``BaseJournalSnapshot``.
 """
@@ -11,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 import json
+import os
 from typing import Any, Final
 import zlib
 
 import msgspec
-from optuna.storages.journal import BaseJournalBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.storages.journal._base import BaseJournalSnapshot
 
 from trialstore.errors import (
@@ -24,7 +27,8 @@ from trialstore.errors import (
     OutcomeUnknownError,
     TrialstoreError,
 )
-from trialstore.log import START, Batch, Cursor, Wanted
+from trialstore.log import START, Batch, Cursor, LeaseStore, Wanted
+from trialstore.logs.beats import Beats
 from trialstore.records import AnyOperation, from_journal_dict, to_journal_dict
 
 # Optuna unpickles what it finds in a backend's snapshot, and survives only an UnpicklingError,
@@ -39,7 +43,8 @@ class BackendLog:
 
     Args:
         backend: The backend. Optuna's own work as well, without their snapshots, which are
-            pickles that other workers share.
+            pickles that other workers share. One that has the methods of ``LeaseStore`` makes
+            this log a ``LeaseStore``; it finds a record's owner in the field ``worker_id``.
     """
 
     def __new__(cls, backend: BaseJournalBackend) -> BackendLog:
@@ -49,6 +54,12 @@ class BackendLog:
 
     def __init__(self, backend: BaseJournalBackend) -> None:
         self._backend = backend
+        self._beats = _beats_beside(backend)
+        leases = self._beats or backend
+        if isinstance(leases, LeaseStore):
+            # On the instance: only some have the capability, whatever their class.
+            for name in ("take_lease", "renew_lease", "withdraw_lease", "expired"):
+                setattr(self, name, getattr(leases, name))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (BackendLog, (self._backend,))
@@ -65,6 +76,8 @@ class BackendLog:
             LogCorruptError: It returned something that is no record.
         """
         if records:
+            if self._beats is not None:
+                self._beats.cover(records)
             try:
                 self._backend.append_logs([to_journal_dict(record) for record in records])
             except TrialstoreError:
@@ -146,3 +159,11 @@ def _keeps_foreign_snapshots(backend: BaseJournalBackend) -> bool:
         method.__module__.split(".")[0] == "optuna"
         for method in (type(backend).save_snapshot, type(backend).load_snapshot)
     )
+
+
+def _beats_beside(backend: BaseJournalBackend) -> Beats | None:
+    """Leases beside the file of Optuna's own backend, shared with our ``FileLog`` on it."""
+    path = getattr(backend, "_file_path", None)
+    if not isinstance(backend, JournalFileBackend) or not isinstance(path, str):
+        return None
+    return Beats(os.path.abspath(path))  # noqa: PTH100

@@ -22,7 +22,7 @@ Source: docs/formats/journal.md; Optuna ``JournalFileBackend``; open(2), write(2
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import errno
 import gc
@@ -48,7 +48,8 @@ from trialstore.errors import (
     LogUnavailableError,
     OutcomeUnknownError,
 )
-from trialstore.log import START, Batch, Cursor, Wanted
+from trialstore.log import START, Batch, Cursor, Decide, Wanted
+from trialstore.logs.beats import Beats
 from trialstore.logs.filelock import JournalFileSymlinkLock, file_system_is_local
 from trialstore.records import (
     AnyOperation,
@@ -243,6 +244,20 @@ class _Position(NamedTuple):
 _BEGIN: Final = _Position(0, 0, 0, 0)
 
 
+class _Lines(NamedTuple):
+    """What is appended in one write.
+
+    Args:
+        data: Whole lines.
+        decoded: What a reader will make of them; to find that out later would be too late.
+        durable: They have to be synced.
+    """
+
+    data: bytes
+    decoded: list[Any]
+    durable: bool
+
+
 class _SnapshotHeader(msgspec.Struct, frozen=True, array_like=True):
     """What a snapshot belongs to.
 
@@ -288,6 +303,7 @@ class FileLog(BaseJournalBackend):
         self._path = os.path.abspath(os.fspath(file_path))
         self._lock = lock_obj if lock_obj is not None else JournalFileSymlinkLock(self._path)
         self._durability = durability
+        self._beats = self._make_beats()
         self._begin()
         with self._unavailable("can't be opened"):
             self._open(create=True)
@@ -313,7 +329,11 @@ class FileLog(BaseJournalBackend):
         self._path = state["path"]
         self._lock = state["lock"]
         self._durability = state["durability"]
+        self._beats = self._make_beats()
         self._begin()
+
+    def _make_beats(self) -> Beats:
+        return Beats(self._path, _sync_folder if self._durability == "full" else None)
 
     def __del__(self) -> None:
         fd = getattr(self, "_fd", -1)
@@ -341,16 +361,62 @@ class FileLog(BaseJournalBackend):
                 news, position = self._read_unlocked(position, _decode_chunk, _ANSWER_BYTES)
                 more = position.offset - before >= _ANSWER_BYTES
                 return Batch(None, news, _cursor_of(position), more)
-            data = b"".join(map(encode_line, records))
-            durable = self._durability == "full" and must_be_durable(list(records))
-            news, position = self._append(data, len(records), position, durable, _decode_chunk)
-            return Batch(None, news, _cursor_of(position))
+            lines = self._lines_of(records)
+            self._beats.cover(records)
+            seen, own, position = self._append(
+                lambda seen, position: lines, position, _decode_chunk
+            )
+            return Batch(None, seen + own, _cursor_of(position))
+
+    def _lines_of(self, records: Sequence[AnyOperation]) -> _Lines:
+        data = b"".join(map(encode_line, records))
+        durable = self._durability == "full" and must_be_durable(list(records))
+        return _Lines(data, _decode_chunk(None, data, 0, 0), durable)
 
     def close(self) -> None:
         """Close the file; a later call opens it again."""
         with self._mutex:
             self._close()
             self._inode = None  # without our descriptor, another file may get its number
+
+    # --- ConditionalLog ----------------------------------------------------------------------
+
+    def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
+        """See ``ConditionalLog``; ``decide`` runs once, under the lock of the file.
+
+        Raises:
+            As ``exchange``.
+        """
+
+        def lines_of(news: list[Any], position: _Position) -> _Lines | None:
+            records = decide(news, _cursor_of(position))
+            self._beats.cover(records)
+            return self._lines_of(records) if records else None
+
+        with self._mutex:
+            _, own, position = self._append(lines_of, _position_of(cursor), _decode_chunk)
+            return Batch(None, own, _cursor_of(position))
+
+    # --- LeaseStore --------------------------------------------------------------------------
+    # Beside the journal, without its lock.
+
+    def take_lease(self, owner: str) -> None:
+        """See ``LeaseStore``."""
+        self._beats.take_lease(owner)
+
+    def renew_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``."""
+        self._beats.renew_lease(owner, trial_ids)
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``."""
+        self._beats.withdraw_lease(owner, trial_ids)
+
+    def expired(
+        self, study_id: int, running: Mapping[int, str], grace_period_s: float
+    ) -> Sequence[int]:
+        """See ``LeaseStore``."""
+        return self._beats.expired(study_id, running, grace_period_s)
 
     # --- Optuna's backend --------------------------------------------------------------------
 
@@ -376,11 +442,12 @@ class FileLog(BaseJournalBackend):
         if not logs:
             return
         data = b"".join(map(_encode_dict, logs))
+        lines = _Lines(data, _decode_dicts(None, data, 0, 0), self._durability == "full")
         with self._mutex:
             position = max(self._read_positions.values(), default=_BEGIN)
             if position is _BEGIN:
                 _, position = self._read_unlocked(position, _decode_dicts)
-            self._append(data, len(logs), position, self._durability == "full", _decode_dicts)
+            self._append(lambda seen, position: lines, position, _decode_dicts)
 
     # --- SnapshotStore -----------------------------------------------------------------------
 
@@ -612,14 +679,26 @@ class FileLog(BaseJournalBackend):
     # --- appending ---------------------------------------------------------------------------
 
     def _append(
-        self, data: bytes, count: int, position: _Position, durable: bool, decode: _Decode[_T]
-    ) -> tuple[list[_T], _Position]:
-        """Append lines; return what is new after ``position``, they included."""
-        own = decode(None, data, 0, 0)
+        self,
+        lines_of: Callable[[list[_T], _Position], _Lines | None],
+        position: _Position,
+        decode: _Decode[_T],
+    ) -> tuple[list[_T], list[_T], _Position]:
+        """Append the lines that are said for what is new after ``position``, under the lock.
+
+        Returns:
+            What ``lines_of`` was told, what followed (the appended lines among it), and where
+            that leads.
+        """
         with self._unavailable("can't be appended to"):
             end, caught_up, position = self._lock_and_catch_up(position, decode)
             try:
                 news, position, tail = self._read(position, end, decode)
+                seen = caught_up + news
+                lines = lines_of(seen, position)
+                if lines is None:
+                    return seen, [], position
+                data, own, durable = lines
                 self._check_writable()
                 # A crash from here to the write leaves a tail of spaces.
                 self._repair(position.offset, tail)
@@ -641,21 +720,20 @@ class FileLog(BaseJournalBackend):
                 # Without the lock, so that processes share syncs: one that covers a later byte
                 # covers every earlier one.
                 self._sync()
-            news = caught_up + news
             try:
                 if start > end:
                     # An evicted holder wrote in between.
                     more, position, _ = self._read(position, start + len(data), decode)
-                    return news + more, position
+                    return seen, more, position
                 if not self._identity:
                     self._identity = self._read_identity(end + len(data))
             except (OSError, LogCorruptError) as error:
                 raise OutcomeUnknownError(
                     f"{self._path}: appended, but what is there can't be read: {error}"
                 ) from error
-            offset, number = end + len(data), position.number + count
+            offset, number = end + len(data), position.number + len(own)
             mark = zlib.crc32(data[-_MARK_BYTES:])
-            return news + own, _Position(self._identity, offset, number, mark)
+            return seen, own, _Position(self._identity, offset, number, mark)
 
     def _lock_and_catch_up(
         self, position: _Position, decode: _Decode[_T]
