@@ -149,7 +149,7 @@ def objective_values(values: Sequence[float] | None, n_objectives: int) -> list[
     if isinstance(values, (str, bytes)):
         raise TypeError(f"values must be a sequence of floats, not {values!r}.")
     floats = [_number(value, "An objective value") for value in values]
-    if any(math.isnan(value) for value in floats):
+    if any(map(math.isnan, floats)):
         raise ValueError(f"Objective values must not be NaN: {floats}. Tell the trial as FAIL.")
     if len(floats) != n_objectives:
         raise ValueError(f"{len(floats)} values for {n_objectives} objectives.")

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import itertools
 import logging
-import math
 from multiprocessing import util as multiprocessing_util
 import os
 import threading
@@ -77,8 +76,7 @@ class Exchanger:
 
     Args:
         log: Where records are kept.
-        linger_s: For how long a deferred record may wait for an exchange to ride along with;
-            infinity where nobody else reads the log.
+        linger_s: For how long a deferred record may wait for an exchange to ride along with.
         clock: Time, for tests to replace.
     """
 
@@ -119,7 +117,7 @@ class Exchanger:
         Returns:
             Whether the outbox is full; the caller then has to run an exchange.
         """
-        if not self._outbox and self._linger_s != math.inf:
+        if not self._outbox:
             self._outbox_due_s = self._clock.now_s() + self._linger_s
             if self._linger_thread is None:
                 _flush_at_exit_of_this_process()
@@ -449,6 +447,24 @@ class Exchanger:
         self._renew()
         if self._saver is not None:
             self._saver.begin_in_child()
+
+
+class Alone(Exchanger):
+    """The same for a store that nobody else reads or writes: the replica is all there is.
+
+    A record is applied when it is written, and what the replica says is never old.
+
+    Args:
+        log: Gets no records; only what it can do beside keeping them is used.
+        clock: Time, for tests to replace.
+    """
+
+    def __init__(self, log: Log, *, clock: Clock) -> None:
+        super().__init__(log, linger_s=0.0, clock=clock)
+
+    def run(self, records: Sequence[AnyOperation], wanted: Wanted) -> list[Outcome]:
+        with self.mutex:
+            return [self.replica.apply(record) for record in records]
 
 
 def _for_followers(error: BaseException) -> BaseException:

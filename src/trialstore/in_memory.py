@@ -1,14 +1,20 @@
-"""``InMemoryStorage``: a storage for one process, over a list."""
+"""``InMemoryStorage``: a storage for one process; its replica is all there is."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from optuna.trial import FrozenTrial
 
 from trialstore.clock import CLOCK, Clock
+from trialstore.log import Wanted
 from trialstore.logs.memory import MemoryLog
-from trialstore.records import Record
+from trialstore.records import ACCEPTED, AnyOperation, Outcome, Record, TrialWrite
+from trialstore.replica import Replica
 from trialstore.storage import Storage
+
+_T = TypeVar("_T")
 
 
 class InMemoryStorage(Storage):
@@ -19,16 +25,29 @@ class InMemoryStorage(Storage):
     """
 
     def __init__(self, *, clock: Clock = CLOCK) -> None:
-        # Nobody else reads the list, so a deferred write may wait until somebody here reads.
-        super().__init__(
-            MemoryLog(keep_all=False, clock=clock),
-            linger_s=math.inf,
-            keep_objects=True,
-            clock=clock,
-        )
+        super().__init__(MemoryLog(clock=clock), linger_s=0.0, alone=True, clock=clock)
+
+    # Nobody else writes, so a record is judged by applying it, and what the replica says is new.
+
+    def _read(self, wanted: Wanted, answer: Callable[[Replica], _T]) -> _T:
+        with self._exchanger.mutex:
+            return answer(self._replica)
+
+    def _write(self, record: AnyOperation) -> Outcome:
+        with self._exchanger.mutex:
+            return self._replica.apply(record)
+
+    def _write_trial(self, record: TrialWrite) -> None:
+        with self._exchanger.mutex:
+            outcome = self._replica.apply(record)
+        if outcome is not ACCEPTED:
+            raise self._refusal(record, outcome)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        with self._exchanger.mutex:
+            return self._replica.trial(trial_id)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
         with self._exchanger.mutex:
             replica = self._replica
             images: list[Record] = [replica.study_image(id_) for id_ in replica.study_ids()]
@@ -36,5 +55,11 @@ class InMemoryStorage(Storage):
             for study_id in replica.study_ids():
                 images += replica.param_images(study_id)
                 images += replica.trial_images(study_id)
-        state["log"] = MemoryLog(images, keep_all=False, clock=self._clock)
-        return state
+        return {**super().__getstate__(), "images": images}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        images = state.pop("images")
+        super().__setstate__(state)
+        for image in images:
+            self._replica.apply(image)

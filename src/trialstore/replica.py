@@ -42,7 +42,7 @@ from trialstore.records import ACCEPTED, Outcome, Record, Verdict
 _logger = logging.getLogger("trialstore")
 
 _STATES: Final = tuple(TrialState(code) for code in range(len(TrialState)))
-_UNFINISHED: Final = (TrialState.RUNNING, TrialState.WAITING)
+_UNFINISHED: Final = frozenset({TrialState.RUNNING, TrialState.WAITING})
 
 _NO_STUDY: Final = Outcome(Verdict.NO_STUDY)
 _NO_TRIAL: Final = Outcome(Verdict.NO_TRIAL)
@@ -111,11 +111,20 @@ class _Trial:
         ``Trial`` edits the dictionaries of the unfinished trial that it was given, so such a
         trial gets its own; a finished one is never edited and shares them.
         """
-        copied: Callable[[Any], Any] = dict if own_containers else _same
         if isinstance(self.start, str):
             self.start = self._parsed("datetime_start", self.start)
         if isinstance(self.complete, str):
             self.complete = self._parsed("datetime_complete", self.complete)
+        contents: tuple[dict[Any, Any], ...] = (
+            self.params,
+            self.distributions,
+            self.user_attrs,
+            self.system_attrs,
+            self.intermediate_values,
+        )
+        if own_containers:
+            contents = tuple(map(dict, contents))
+        params, distributions, user_attrs, system_attrs, intermediate_values = contents
         return FrozenTrial(
             trial_id=self.id,
             number=self.number,
@@ -124,11 +133,11 @@ class _Trial:
             values=self.values,
             datetime_start=self.start,
             datetime_complete=self.complete,
-            params=copied(self.params),
-            distributions=copied(self.distributions),
-            user_attrs=copied(self.user_attrs),
-            system_attrs=copied(self.system_attrs),
-            intermediate_values=copied(self.intermediate_values),
+            params=params,
+            distributions=distributions,
+            user_attrs=user_attrs,
+            system_attrs=system_attrs,
+            intermediate_values=intermediate_values,
         )
 
     def _parsed(self, field: str, text: str) -> datetime | None:
@@ -137,10 +146,6 @@ class _Trial:
         except ValueError as error:
             self.warn_unreadable(field, error)
             return None
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 class _Study:
@@ -424,7 +429,7 @@ class Replica:
             trial.warn_unreadable("state", f"{state} is no state")
             state = r.FAIL
         if values is not None:
-            if any(value != value for value in values):
+            if any(map(math.isnan, values)):
                 trial.warn_unreadable("values", f"{values} holds NaN")
                 values = None
             elif len(values) != len(trial.study.directions):
@@ -637,6 +642,9 @@ class Replica:
     def directions(self, study_id: int) -> list[StudyDirection]:
         return list(self._study(study_id).directions)
 
+    def n_objectives(self, study_id: int) -> int:
+        return len(self._study(study_id).directions)
+
     def study_user_attrs(self, study_id: int) -> dict[str, Any]:
         return self._study(study_id).user_attrs
 
@@ -724,19 +732,17 @@ class Replica:
         study = self._study(study_id)
         if not study.in_order:
             self._put_in_order(study)
-        if states is not None and not any(
-            study.counts[state] for state in _STATES if state in states
-        ):
-            return []
-        if states is not None and not any(
-            state in states for state in _STATES if state not in _UNFINISHED
-        ):
-            wanted = study.unfinished if TrialState.RUNNING in states else study.waiting
-            return [
-                _view(trial)
-                for _, trial in sorted(wanted.items())
-                if _STATES[trial.state] in states
-            ]
+        if states is not None:
+            held = [state for state in _STATES if study.counts[state] and state in states]
+            if not held:
+                return []
+            if _UNFINISHED.issuperset(held):
+                wanted = study.unfinished if TrialState.RUNNING in held else study.waiting
+                return [
+                    _view(trial)
+                    for _, trial in sorted(wanted.items())
+                    if _STATES[trial.state] in states
+                ]
         for index in list(study.unread):
             self._read_slot(study, index)
         found: list[Any] = study.slots.copy()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 import copy
+import functools
 import logging
 import math
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import checks, records as r
 from trialstore.clock import CLOCK, Clock
-from trialstore.exchange import Exchanger
+from trialstore.exchange import Alone, Exchanger
 from trialstore.log import NOTHING, Limited, Log, Wanted
 from trialstore.records import ACCEPTED, Outcome, Verdict
 from trialstore.replica import Replica, parse_distribution
@@ -52,10 +53,10 @@ class Storage(BaseStorage):
     Args:
         log: Where records are kept.
         linger_s: For how long a deferred write may wait for an exchange to ride along with;
-            0 writes everything through; infinity is for a log that nobody else reads.
+            0 writes everything through.
         max_staleness_s: How old an answer may be; 0 means never older than the call.
-        keep_objects: Attributes and categorical choices may be any objects and are not copied;
-            only for a log that never leaves this process.
+        alone: Nothing leaves this process: the log gets no records, and attributes and
+            categorical choices may be any objects and are not copied.
         clock: Time, for tests to replace.
     """
 
@@ -65,19 +66,26 @@ class Storage(BaseStorage):
         *,
         linger_s: float = 0.02,
         max_staleness_s: float = 0.0,
-        keep_objects: bool = False,
+        alone: bool = False,
         clock: Clock = CLOCK,
     ) -> None:
-        if linger_s < 0 or max_staleness_s < 0:
-            raise ValueError("linger_s and max_staleness_s must not be negative.")
+        if not (0 <= linger_s < math.inf and max_staleness_s >= 0):
+            raise ValueError(
+                "linger_s must be 0 or more seconds and finite, max_staleness_s 0 or more; not "
+                f"{linger_s} and {max_staleness_s}."
+            )
         self._linger_s = linger_s
         self._max_staleness_s = max_staleness_s
-        self._keep_objects = keep_objects
+        self._is_alone = alone
         self._clock = clock
         self._open(log)
 
     def _open(self, log: Log) -> None:
-        self._exchanger = Exchanger(log, linger_s=self._linger_s, clock=self._clock)
+        self._exchanger = (
+            Alone(log, clock=self._clock)
+            if self._is_alone
+            else Exchanger(log, linger_s=self._linger_s, clock=self._clock)
+        )
         # Trials that this storage created or claimed and that it has not finished; of the fresh
         # ones nothing has been written since.
         self._owned: dict[int, str] = {}
@@ -147,27 +155,25 @@ class Storage(BaseStorage):
             return False
         return not self._exchanger.has_deferred()
 
-    def _judge(self, record: r.AnyOperation, wanted: Wanted) -> Outcome:
+    def _judge(self, record: r.AnyOperation) -> Outcome:
         """What will become of a record, so that a refused one leaves no byte behind.
 
         What the replica refuses by what it knows may only be new to it: look before refusing.
         """
         with self._exchanger.mutex:
             outcome = self._replica.judge(record)
-        return outcome if outcome is ACCEPTED else self._judge_again(record, wanted)
+        return outcome if outcome is ACCEPTED else self._judge_again(record)
 
-    def _judge_again(self, record: r.AnyOperation, wanted: Wanted) -> Outcome:
-        self._exchanger.run((), wanted)
+    def _judge_again(self, record: r.AnyOperation) -> Outcome:
+        self._exchanger.run((), _judged_by(record))
         with self._exchanger.mutex:
             return self._replica.judge(record)
 
-    def _write(
-        self, record: r.AnyOperation, wanted: Wanted, judged: Outcome | None = None
-    ) -> Outcome:
+    def _write(self, record: r.AnyOperation) -> Outcome:
         """Append a record, unless it would be refused, and say what became of it."""
         if self._limits is not None:
             self._limits.check((record,))
-        outcome = judged or self._judge(record, wanted)
+        outcome = self._judge(record)
         if outcome is not ACCEPTED:
             return outcome
         self._read_at_s.clear()
@@ -190,7 +196,7 @@ class Storage(BaseStorage):
                 exchanger.run((), NOTHING)
             return
         if outcome is not ACCEPTED:
-            outcome = self._judge_again(record, Wanted(trials=frozenset((trial_id,))))
+            outcome = self._judge_again(record)
         if outcome is ACCEPTED:
             self._fresh.pop(trial_id, None)
             self._read_at_s.clear()
@@ -279,7 +285,7 @@ class Storage(BaseStorage):
             study_name = _STUDY_NAME_PREFIX + str(uuid.uuid4())
         name = checks.text(study_name, "study_name")
         record = r.CreateStudy(study_name=name, directions=codes, **self._exchanger.marks())
-        outcome = self._write(record, Wanted(names=frozenset((name,))))
+        outcome = self._write(record)
         if outcome.verdict is not Verdict.ACCEPTED:
             raise self._refusal(record, outcome)
         _logger.info("A new study was created with the name %s.", name)
@@ -306,16 +312,16 @@ class Storage(BaseStorage):
 
     @property
     def _attribute_value(self) -> Callable[[Any, str], Any]:
-        return checks.any_value if self._keep_objects else checks.json_value
+        return checks.any_value if self._is_alone else checks.json_value
 
     @property
     def _distribution_text(self) -> Callable[[BaseDistribution, str], str]:
-        return checks.object_text if self._keep_objects else checks.distribution_text
+        return checks.object_text if self._is_alone else checks.distribution_text
 
     def _write_study(
         self, record: r.DeleteStudy | r.SetStudyUserAttr | r.SetStudySystemAttr
     ) -> None:
-        outcome = self._write(record, Wanted(studies=frozenset((record.study_id,))))
+        outcome = self._write(record)
         if outcome.verdict is not Verdict.ACCEPTED:
             raise self._refusal(record, outcome)
 
@@ -352,7 +358,7 @@ class Storage(BaseStorage):
         return self._copied_attrs(attrs)
 
     def _copied_attrs(self, attrs: dict[str, Any]) -> dict[str, Any]:
-        return dict(attrs) if self._keep_objects else copy.deepcopy(attrs)
+        return dict(attrs) if self._is_alone else copy.deepcopy(attrs)
 
     def get_all_studies(self) -> list[FrozenStudy]:
         studies = self._read(Wanted(catalogue=True), Replica.studies)
@@ -376,7 +382,7 @@ class Storage(BaseStorage):
                 r.format_time,
             )
         record = r.CreateTrial(study_id=study_id, **fields, **self._exchanger.marks())
-        outcome = self._write(record, Wanted(waiting_of=frozenset((study_id,))))
+        outcome = self._write(record)
         if outcome.verdict is not Verdict.ACCEPTED:
             raise self._refusal(record, outcome)
         if record.state == r.RUNNING:
@@ -444,11 +450,10 @@ class Storage(BaseStorage):
         exchanger.raise_rejected(trial_id)
         code = checks.trial_state(state)
         now = r.now_text()
-        wanted = Wanted(trials=frozenset((trial_id,)))
         with exchanger.mutex:
             known = self._replica.has_trial(trial_id)
         if not known:
-            exchanger.run((), wanted)
+            exchanger.run((), Wanted(trials=frozenset((trial_id,))))
         record = r.SetTrialStateValues(
             trial_id=trial_id,
             state=code,
@@ -457,10 +462,9 @@ class Storage(BaseStorage):
             datetime_complete=now if code in r.FINISHED else None,
             **self._exchanger.marks(),
         )
-        judged = self._judge(record, wanted)
-        if judged.verdict is Verdict.ACCEPTED and code != r.RUNNING:
+        if code != r.RUNNING:
             self._wait_for_the_asker(trial_id)
-        outcome = self._write(record, wanted, judged)
+        outcome = self._write(record)
         if outcome.verdict is Verdict.LOST:
             self._fresh.pop(trial_id, None)
             return False
@@ -476,15 +480,15 @@ class Storage(BaseStorage):
 
     def _n_objectives(self, trial_id: int) -> int:
         with self._exchanger.mutex:
-            if not self._replica.has_trial(trial_id):
-                raise KeyError(f"There is no trial with id {trial_id}.")
-            return len(self._replica.directions(self._replica.study_id_of_trial(trial_id)))
+            return self._replica.n_objectives(self._replica.study_id_of_trial(trial_id))
 
     def _wait_for_the_asker(self, trial_id: int) -> None:
         """Of another storage's RUNNING trial: what that one put off must arrive first."""
+        if self._owns(trial_id) or self._is_alone:
+            return
         with self._exchanger.mutex:
-            foreign = not self._owns(trial_id) and self._replica.is_running(trial_id)
-        if foreign and self._linger_s != math.inf:
+            is_running = self._replica.is_running(trial_id)
+        if is_running:
             self._clock.sleep(2 * self._linger_s)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
@@ -540,7 +544,7 @@ class Storage(BaseStorage):
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         return self._read(
-            Wanted(trials_of=frozenset((study_id,))),
+            _trials_of(study_id),
             lambda replica: replica.best_trial(study_id),
         )
 
@@ -573,7 +577,33 @@ class Storage(BaseStorage):
             raise UpdateFinishedTrialError(self._why_finished(trial_id))
 
 
+def _judged_by(record: r.AnyOperation) -> Wanted:
+    """What has to be known to say what will become of a record."""
+    if isinstance(record, r.CreateStudy):
+        return Wanted(names=frozenset((record.study_name,)))
+    if isinstance(record, r.CreateTrial):
+        return Wanted(waiting_of=frozenset((record.study_id,)))
+    if isinstance(record, (r.DeleteStudy, r.SetStudyUserAttr, r.SetStudySystemAttr)):
+        return Wanted(studies=frozenset((record.study_id,)))
+    if isinstance(record, r.Ignored):
+        return NOTHING
+    return Wanted(trials=frozenset((record.trial_id,)))
+
+
 def _trials_wanted(study_id: int, states: Container[TrialState] | None) -> Wanted:
     if states == _WAITING_ONLY or states == [TrialState.WAITING]:
-        return Wanted(waiting_of=frozenset((study_id,)))
+        return _waiting_of(study_id)
+    return _trials_of(study_id)
+
+
+# Asked for several times a trial, of the same few studies.
+
+
+@functools.lru_cache
+def _waiting_of(study_id: int) -> Wanted:
+    return Wanted(waiting_of=frozenset((study_id,)))
+
+
+@functools.lru_cache
+def _trials_of(study_id: int) -> Wanted:
     return Wanted(trials_of=frozenset((study_id,)))

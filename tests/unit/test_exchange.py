@@ -18,6 +18,7 @@ from trialstore.log import Batch, Cursor, Wanted
 from trialstore.logs.memory import MemoryLog
 from trialstore.records import AnyOperation
 from trialstore.storage import Storage
+from trialstore.testing.clock import ManualClock
 
 _DEADLINE_S = 60
 _X = FloatDistribution(0, 1)
@@ -56,7 +57,7 @@ def tap(log: MemoryLog) -> _Tap:
 @pytest.fixture
 def storage(tap: _Tap) -> Storage:
     """Deferred writes wait for ever, so that only exchanges asked for here happen."""
-    return Storage(tap, linger_s=float("inf"))
+    return Storage(tap, clock=ManualClock())
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_telling_somebody_elses_trial_waits_out_the_linger(log: MemoryLog) -> No
             slept.append(duration_s)
             asker.flush()  # what the asker's linger thread does meanwhile
 
-    asker = Storage(log, linger_s=float("inf"))
+    asker = Storage(log, clock=ManualClock())
     teller = Storage(log, linger_s=0.5, clock=Slept())
     study_id = asker.create_new_study([StudyDirection.MINIMIZE], "study")
     trial_id = _started_trial(asker, study_id)

@@ -1,7 +1,6 @@
 """A list: the reference for every other log.
 
-Replay judges, records are passed by reference, and nothing is synced. What every reader has seen
-is dropped, so that a storage of its own does not hold each trial twice.
+Replay judges, records are passed by reference, and nothing is synced.
 """
 
 from __future__ import annotations
@@ -9,23 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import threading
 from typing import Any
-import weakref
 
 from trialstore.clock import CLOCK, Clock
-from trialstore.errors import LogUnavailableError
 from trialstore.log import START, Batch, Cursor, Decide, Wanted
 from trialstore.records import AnyOperation, Record, owners_of_started
-
-_DROP_AT = 1024
-
-
-class _Position:
-    """A cursor whose life tells the log that somebody still has to read from there."""
-
-    __slots__ = ("__weakref__", "number")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 class MemoryLog:
@@ -33,28 +19,18 @@ class MemoryLog:
 
     Args:
         records: What the log begins with.
-        keep_all: Keep what every reader has seen, so that a new one may begin at ``START``.
         clock: What leases expire by; for tests to replace.
     """
 
-    def __init__(
-        self, records: Sequence[Record] = (), *, keep_all: bool = True, clock: Clock = CLOCK
-    ) -> None:
+    def __init__(self, records: Sequence[Record] = (), *, clock: Clock = CLOCK) -> None:
         self._records: list[Record] = list(records)
-        self._first_number = 0  # how many records have been dropped
-        self._keep_all = keep_all
-        self._positions: weakref.WeakSet[_Position] = weakref.WeakSet()
         self._clock = clock
         self._renewed_s: dict[str, float] = {}  # owner to when its lease was last renewed
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._first_number:
-            raise LogUnavailableError(
-                "A memory log that has dropped records can't be pickled; pickle its storage."
-            )
         # Without leases: their owners are not in the process that unpickles.
-        return {"records": self._records, "keep_all": self._keep_all, "clock": self._clock}
+        return {"records": self._records, "clock": self._clock}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -80,26 +56,8 @@ class MemoryLog:
                 self._renewed_s[owner] = now_s
 
     def _read(self, cursor: Cursor) -> Batch:
-        number = 0 if cursor is START else cursor.number
-        if number < self._first_number:
-            raise LogUnavailableError(
-                "The records before this position were dropped; open the log with "
-                "keep_all=True to let several storages read it from the start."
-            )
-        news = self._records[number - self._first_number :]
-        if not news and cursor is not START:
-            return Batch(None, news, cursor)
-        position = _Position(number + len(news))
-        self._positions.add(position)
-        if not self._keep_all and len(self._records) >= _DROP_AT:
-            self._drop_seen()
-        return Batch(None, news, position)
-
-    def _drop_seen(self) -> None:
-        """Up to the slowest cursor that is still held; the caller's old one is among them."""
-        slowest = min(position.number for position in self._positions)
-        del self._records[: slowest - self._first_number]
-        self._first_number = slowest
+        number = 0 if cursor is START else cursor
+        return Batch(None, self._records[number:], len(self._records))
 
     def close(self) -> None:
         """Nothing is open."""
