@@ -466,6 +466,12 @@ class Alone(Exchanger):
         with self.mutex:
             return [self.replica.apply(record) for record in records]
 
+    def run_if(
+        self, decide: Callable[[Replica], Sequence[AnyOperation]], wanted: Wanted
+    ) -> list[Outcome]:
+        with self.mutex:
+            return self.run(decide(self.replica), wanted)
+
 
 def _for_followers(error: BaseException) -> BaseException:
     """What the other threads of a failed exchange get to see."""
