@@ -6,10 +6,8 @@ of its own. On a journal replay alone judges, and it judges exactly as Optuna's 
 we are stricter, ``storage.py`` refuses before anything is appended.
 
 What reads need is indexed: trials by id and number, unfinished and WAITING ones, counts by state,
-the best trial, one distribution per parameter. ``FrozenTrial`` objects are built when somebody
-reads them, once for a finished trial, and replaced, never edited, so an earlier read never
-changes. A finished trial's slot holds the working contents until then and the ``FrozenTrial``
-afterwards, not both.
+the best trial, one distribution per parameter. What is held of one study or trial, and how it is
+handed out, is in ``contents.py``.
 
 Not thread-safe: its storage holds a lock.
 """
@@ -19,7 +17,6 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator
-from datetime import datetime
 import logging
 import math
 from typing import Any, Final
@@ -28,21 +25,17 @@ from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
     check_distribution_compatibility,
-    distribution_to_json,
-    json_to_distribution,
 )
 from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import records as r
+from trialstore.contents import STATES, StudyContents, TrialContents, slot_id
 from trialstore.log import Wanted
 from trialstore.records import ACCEPTED, Outcome, Record, Verdict
 
 _logger = logging.getLogger("trialstore")
-
-_STATES: Final = tuple(TrialState(code) for code in range(len(TrialState)))
-_UNFINISHED: Final = frozenset({TrialState.RUNNING, TrialState.WAITING})
 
 _NO_STUDY: Final = Outcome(Verdict.NO_STUDY)
 _NO_TRIAL: Final = Outcome(Verdict.NO_TRIAL)
@@ -57,166 +50,15 @@ _INDEX_BITS: Final = 40
 _INDEX_MASK: Final = (1 << _INDEX_BITS) - 1
 
 
-class _Trial:
-    """Working contents of a trial; ``params`` are external representations."""
-
-    __slots__ = (
-        "complete",
-        "distributions",
-        "id",
-        "index",
-        "intermediate_values",
-        "number",
-        "owner",
-        "params",
-        "start",
-        "state",
-        "study",
-        "system_attrs",
-        "user_attrs",
-        "values",
-        "view",
-    )
-
-    def __init__(self, trial_id: int, number: int, study: _Study) -> None:
-        self.id = trial_id
-        self.number = number
-        self.study = study
-        self.index = -1
-        self.state = r.RUNNING
-        self.values: list[float] | None = None
-        # Text until somebody reads the trial: most that are replayed are never read.
-        self.start: str | datetime | None = None
-        self.complete: str | datetime | None = None
-        self.params: dict[str, Any] = {}
-        self.distributions: dict[str, BaseDistribution] = {}
-        self.user_attrs: dict[str, Any] = {}
-        self.system_attrs: dict[str, Any] = {}
-        self.intermediate_values: dict[int, float] = {}
-        self.owner = ""
-        self.view: FrozenTrial | None = None  # an unfinished trial as get_all_trials shows it
-
-    def warn_unreadable(self, field: str, why: object) -> None:
-        _logger.warning(
-            "Study %r, trial %d: its %s can't be read and is left out (%s).",
-            self.study.name,
-            self.number,
-            field,
-            why,
-        )
-
-    def build(self, *, own_containers: bool) -> FrozenTrial:
-        """The trial as Optuna wants it.
-
-        ``Trial`` edits the dictionaries of the unfinished trial that it was given, so such a
-        trial gets its own; a finished one is never edited and shares them.
-        """
-        if isinstance(self.start, str):
-            self.start = self._parsed("datetime_start", self.start)
-        if isinstance(self.complete, str):
-            self.complete = self._parsed("datetime_complete", self.complete)
-        contents: tuple[dict[Any, Any], ...] = (
-            self.params,
-            self.distributions,
-            self.user_attrs,
-            self.system_attrs,
-            self.intermediate_values,
-        )
-        if own_containers:
-            contents = tuple(map(dict, contents))
-        params, distributions, user_attrs, system_attrs, intermediate_values = contents
-        return FrozenTrial(
-            trial_id=self.id,
-            number=self.number,
-            state=_STATES[self.state],
-            value=None,
-            values=self.values,
-            datetime_start=self.start,
-            datetime_complete=self.complete,
-            params=params,
-            distributions=distributions,
-            user_attrs=user_attrs,
-            system_attrs=system_attrs,
-            intermediate_values=intermediate_values,
-        )
-
-    def _parsed(self, field: str, text: str) -> datetime | None:
-        try:
-            return r.parse_time(text)
-        except ValueError as error:
-            self.warn_unreadable(field, error)
-            return None
-
-
-class _Study:
-    """A study and the indexes over its trials."""
-
-    __slots__ = (
-        "best_id",
-        "best_value",
-        "counts",
-        "directions",
-        "distributions",
-        "id",
-        "in_order",
-        "interned",
-        "loaded",
-        "n_created",
-        "name",
-        "slots",
-        "system_attrs",
-        "unfinished",
-        "unread",
-        "user_attrs",
-        "waiting",
-    )
-
-    def __init__(self, study_id: int, name: str, directions: list[StudyDirection]) -> None:
-        self.id = study_id
-        self.name = name
-        self.directions = directions
-        self.user_attrs: dict[str, Any] = {}
-        self.system_attrs: dict[str, Any] = {}
-        # Whether trials are held; if not, only n_created is kept.
-        self.loaded = True
-        self.n_created = 0
-        # By trial id once in_order; on a sequential log the index is the trial number.
-        self.slots: list[_Trial | FrozenTrial] = []
-        self.in_order = True
-        self.unread: set[int] = set()  # indexes of finished trials that are not built yet
-        self.unfinished: dict[int, _Trial] = {}  # by trial id
-        self.waiting: dict[int, _Trial] = {}  # by trial id
-        self.counts = [0] * len(_STATES)
-        self.best_id: int | None = None
-        self.best_value = math.nan
-        self.distributions: dict[str, BaseDistribution] = {}  # of the first use of each name
-        self.interned: dict[str, BaseDistribution] = {}  # by JSON: equal ones are one object
-
-    def intern(self, json: str) -> BaseDistribution:
-        """The one object for a distribution. Raises if the text holds none."""
-        distribution = self.interned.get(json)
-        if distribution is None:
-            distribution = self.interned[json] = parse_distribution(json)
-        return distribution
-
-    def distribution_texts(self) -> dict[int, str]:
-        """The JSON of each interned distribution, by ``id`` of the object."""
-        return {id(known): json for json, known in self.interned.items()}
-
-    def is_better(self, value: float, trial_id: int) -> bool:
-        """Whether a COMPLETE trial beats the best; of equals the earlier created one is best."""
-        if self.best_id is None:
-            return True
-        if value == self.best_value:
-            return trial_id < self.best_id
-        if self.directions[0] == StudyDirection.MAXIMIZE:
-            return value > self.best_value
-        return value < self.best_value
-
-
-def parse_distribution(json: str) -> BaseDistribution:
-    """Raises what Optuna raises for a text that holds none."""
-    return json.distribution if isinstance(json, r.ObjectText) else json_to_distribution(json)
+def _is_better(study: StudyContents, value: float, trial_id: int) -> bool:
+    """Whether a COMPLETE trial beats the best; of equals the earlier created one is best."""
+    if study.best_id is None:
+        return True
+    if value == study.best_value:
+        return trial_id < study.best_id
+    if study.directions[0] == StudyDirection.MAXIMIZE:
+        return value > study.best_value
+    return value < study.best_value
 
 
 def compatible(known: BaseDistribution, new: BaseDistribution) -> bool:
@@ -240,10 +82,10 @@ class Replica:
     def __init__(self, focus: Container[int] | None = None) -> None:
         self._focus = focus
         self._n_unloaded = 0
-        self._studies: dict[int, _Study] = {}
+        self._studies: dict[int, StudyContents] = {}
         self._study_ids: dict[str, int] = {}
         self._places: dict[int, int] = {}  # trial id -> place, of loaded studies
-        self._unfinished: dict[int, _Trial] = {}  # trial id -> contents, of loaded studies
+        self._unfinished: dict[int, TrialContents] = {}  # trial id -> contents, of loaded studies
         self._next_study_id = 0
         self._next_trial_id = 0
         # Which study each position belongs to, run-length encoded: deleted and unloaded studies'
@@ -281,7 +123,7 @@ class Replica:
             return _LOST
         return ACCEPTED
 
-    def _judge_param(self, study: _Study, name: str, json: str) -> Outcome:
+    def _judge_param(self, study: StudyContents, name: str, json: str) -> Outcome:
         known = study.distributions.get(name)
         if known is None:
             return ACCEPTED
@@ -301,8 +143,8 @@ class Replica:
         self._add_study(study_id, record.study_name, record.directions)
         return Outcome(Verdict.ACCEPTED, study_id)
 
-    def _add_study(self, study_id: int, name: str, directions: list[int]) -> _Study:
-        study = _Study(study_id, name, _readable_directions(name, directions))
+    def _add_study(self, study_id: int, name: str, directions: list[int]) -> StudyContents:
+        study = StudyContents(study_id, name, _readable_directions(name, directions))
         self._studies[study_id] = study
         self._study_ids[name] = study_id
         return study
@@ -317,9 +159,9 @@ class Replica:
         self._drop_trials(study)
         return ACCEPTED
 
-    def _drop_trials(self, study: _Study) -> None:
+    def _drop_trials(self, study: StudyContents) -> None:
         for slot in study.slots:
-            del self._places[_slot_id(slot)]
+            del self._places[slot_id(slot)]
         for trial_id in study.unfinished:
             del self._unfinished[trial_id]
 
@@ -351,7 +193,7 @@ class Replica:
         number = study.n_created
         study.n_created = number + 1
         if study.loaded:
-            trial = _Trial(trial_id, number, study)
+            trial = TrialContents(trial_id, number, study)
             trial.start = record.datetime_start
             trial.owner = record.worker_id
             if record.state != r.RUNNING or record.params or record.intermediate_values:
@@ -384,7 +226,9 @@ class Replica:
             trial.view = None
         return outcome
 
-    def _set_param(self, trial: _Trial, name: str, internal: float, json: str | None) -> None:
+    def _set_param(
+        self, trial: TrialContents, name: str, internal: float, json: str | None
+    ) -> None:
         study = trial.study
         try:
             if json is None:
@@ -413,7 +257,7 @@ class Replica:
                 return _LOST
             trial.start = record.datetime_start
             trial.owner = record.worker_id
-        elif not 0 <= state < len(_STATES):
+        elif not 0 <= state < len(STATES):
             trial.warn_unreadable("state", f"{state} is no state")
             return ACCEPTED
         elif state in r.FINISHED:
@@ -423,9 +267,9 @@ class Replica:
         self._add_to_indexes(trial)
         return ACCEPTED
 
-    def _set_state(self, trial: _Trial, state: int, values: list[float] | None) -> None:
+    def _set_state(self, trial: TrialContents, state: int, values: list[float] | None) -> None:
         """State and values, readable ones: a COMPLETE trial without values is shown as FAIL."""
-        if not 0 <= state < len(_STATES):
+        if not 0 <= state < len(STATES):
             trial.warn_unreadable("state", f"{state} is no state")
             state = r.FAIL
         if values is not None:
@@ -499,7 +343,7 @@ class Replica:
             # The id was given out again, which SQLite does: its old study was deleted.
             self._apply_delete_study(r.DeleteStudy(worker_id="", study_id=place >> _INDEX_BITS))
             place = None
-        trial = _Trial(record.trial_id, record.number, study)
+        trial = TrialContents(record.trial_id, record.number, study)
         trial.start = record.datetime_start
         trial.complete = record.datetime_complete
         trial.owner = record.owner
@@ -553,16 +397,16 @@ class Replica:
 
     # Indexes.
 
-    def _add_trial(self, trial: _Trial) -> None:
+    def _add_trial(self, trial: TrialContents) -> None:
         study = trial.study
         trial.index = len(study.slots)
-        if study.slots and _slot_id(study.slots[-1]) > trial.id:
+        if study.slots and slot_id(study.slots[-1]) > trial.id:
             study.in_order = False
         study.slots.append(trial)
         self._places[trial.id] = study.id << _INDEX_BITS | trial.index
         self._add_to_indexes(trial)
 
-    def _add_to_indexes(self, trial: _Trial) -> None:
+    def _add_to_indexes(self, trial: TrialContents) -> None:
         study, state = trial.study, trial.state
         study.counts[state] += 1
         trial.view = None
@@ -570,14 +414,14 @@ class Replica:
             study.unread.add(trial.index)
             if state == r.COMPLETE and len(study.directions) == 1:
                 assert trial.values is not None
-                if study.is_better(trial.values[0], trial.id):
+                if _is_better(study, trial.values[0], trial.id):
                     study.best_id, study.best_value = trial.id, trial.values[0]
         else:
             self._unfinished[trial.id] = study.unfinished[trial.id] = trial
             if state == r.WAITING:
                 study.waiting[trial.id] = trial
 
-    def _remove_from_indexes(self, trial: _Trial) -> None:
+    def _remove_from_indexes(self, trial: TrialContents) -> None:
         """Of an unfinished trial; a finished one stays where it is."""
         study = trial.study
         study.counts[trial.state] -= 1
@@ -585,13 +429,13 @@ class Replica:
         if trial.state == r.WAITING:
             del study.waiting[trial.id]
 
-    def _put_in_order(self, study: _Study) -> None:
+    def _put_in_order(self, study: StudyContents) -> None:
         """Images may arrive in any order; lists of trials are by id."""
-        study.slots.sort(key=_slot_id)
+        study.slots.sort(key=slot_id)
         study.unread.clear()
         for index, slot in enumerate(study.slots):
-            self._places[_slot_id(slot)] = study.id << _INDEX_BITS | index
-            if isinstance(slot, _Trial):
+            self._places[slot_id(slot)] = study.id << _INDEX_BITS | index
+            if isinstance(slot, TrialContents):
                 slot.index = index
                 if slot.state in r.FINISHED:
                     study.unread.add(index)
@@ -600,7 +444,7 @@ class Replica:
     # --- reads -----------------------------------------------------------------------------------
     # KeyError means: not among what has been wanted so far, or not there at all.
 
-    def _study(self, study_id: int) -> _Study:
+    def _study(self, study_id: int) -> StudyContents:
         study = self._studies.get(study_id)
         if study is None:
             raise KeyError(f"There is no study with id {study_id}.")
@@ -653,17 +497,7 @@ class Replica:
 
     def studies(self) -> list[FrozenStudy]:
         """By id."""
-        return [
-            FrozenStudy(
-                study_name=study.name,
-                direction=None,
-                directions=list(study.directions),
-                user_attrs=dict(study.user_attrs),
-                system_attrs=dict(study.system_attrs),
-                study_id=study.id,
-            )
-            for _, study in sorted(self._studies.items())
-        ]
+        return [study.frozen() for _, study in sorted(self._studies.items())]
 
     def distribution(self, study_id: int, name: str) -> BaseDistribution | None:
         """What later uses of a parameter name must be compatible with, if that is known."""
@@ -703,14 +537,7 @@ class Replica:
         place = self._places.get(trial_id)
         if place is None or trial_id in self._unfinished:
             raise KeyError(f"There is no trial with id {trial_id}.")
-        return self._read_slot(self._studies[place >> _INDEX_BITS], place & _INDEX_MASK)
-
-    def _read_slot(self, study: _Study, index: int) -> FrozenTrial:
-        slot = study.slots[index]
-        if isinstance(slot, _Trial):
-            study.slots[index] = slot = slot.build(own_containers=False)
-            study.unread.discard(index)
-        return slot
+        return self._studies[place >> _INDEX_BITS].finished_trial(place & _INDEX_MASK)
 
     def trial_number(self, trial_id: int) -> int:
         place = self._places.get(trial_id)
@@ -721,10 +548,10 @@ class Replica:
     def trial_id(self, study_id: int, number: int) -> int:
         slots = self._study(study_id).slots
         if 0 <= number < len(slots) and slots[number].number == number:
-            return _slot_id(slots[number])
+            return slot_id(slots[number])
         for slot in slots:
             if slot.number == number:
-                return _slot_id(slot)
+                return slot_id(slot)
         raise KeyError(f"There is no trial number {number} in the study with id {study_id}.")
 
     def trials(self, study_id: int, states: Container[TrialState] | None) -> list[FrozenTrial]:
@@ -732,29 +559,11 @@ class Replica:
         study = self._study(study_id)
         if not study.in_order:
             self._put_in_order(study)
-        if states is not None:
-            held = [state for state in _STATES if study.counts[state] and state in states]
-            if not held:
-                return []
-            if _UNFINISHED.issuperset(held):
-                wanted = study.unfinished if TrialState.RUNNING in held else study.waiting
-                return [
-                    _view(trial)
-                    for _, trial in sorted(wanted.items())
-                    if _STATES[trial.state] in states
-                ]
-        for index in list(study.unread):
-            self._read_slot(study, index)
-        found: list[Any] = study.slots.copy()
-        for trial in study.unfinished.values():
-            found[trial.index] = _view(trial)
-        if states is None:
-            return found
-        return [trial for trial in found if trial.state in states]
+        return study.trials(states)
 
     def count(self, study_id: int, states: Container[TrialState] | None) -> int:
         counts = self._study(study_id).counts
-        return sum(counts[state] for state in _STATES if states is None or state in states)
+        return sum(counts[state] for state in STATES if states is None or state in states)
 
     def best_trial(self, study_id: int) -> FrozenTrial:
         """Raises RuntimeError with several objectives, ValueError without a COMPLETE trial."""
@@ -789,77 +598,16 @@ class Replica:
         return sorted(self._studies)
 
     def study_image(self, study_id: int) -> r.PutStudy:
-        study = self._study(study_id)
-        return r.PutStudy(
-            study_id=study.id,
-            study_name=study.name,
-            directions=[int(direction) for direction in study.directions],
-            user_attrs=study.user_attrs,
-            system_attrs=study.system_attrs,
-        )
+        return self._study(study_id).image()
 
     def param_images(self, study_id: int) -> list[r.PutParam]:
-        """The first use of each name need not be that of the first trial that holds it."""
-        study = self._study(study_id)
-        texts = study.distribution_texts()
-        return [
-            r.PutParam(
-                study_id=study_id,
-                param_name=name,
-                distribution=texts.get(id(known)) or distribution_to_json(known),
-            )
-            for name, known in study.distributions.items()
-        ]
+        return self._study(study_id).param_images()
 
     def trial_images(self, study_id: int) -> Iterator[r.PutTrial]:
         study = self._study(study_id)
         if not study.in_order:
             self._put_in_order(study)
-        texts = study.distribution_texts()
-        for slot in study.slots:
-            if isinstance(slot, _Trial):
-                state, values = slot.state, slot.values
-                owner = slot.owner if state == r.RUNNING else ""
-                start, complete = slot.start, slot.complete
-            else:
-                state, values, owner = int(slot.state), slot.values, ""
-                start, complete = slot.datetime_start, slot.datetime_complete
-            distributions = slot.distributions
-            yield r.PutTrial(
-                trial_id=_slot_id(slot),
-                study_id=study_id,
-                number=slot.number,
-                state=state,
-                values=values,
-                datetime_start=_time_text(start),
-                datetime_complete=_time_text(complete),
-                params={
-                    name: distributions[name].to_internal_repr(external)
-                    for name, external in slot.params.items()
-                },
-                distributions=[
-                    texts.get(id(distribution)) or distribution_to_json(distribution)
-                    for distribution in distributions.values()
-                ],
-                user_attrs=slot.user_attrs,
-                system_attrs=slot.system_attrs,
-                intermediate_values=slot.intermediate_values,
-                owner=owner,
-            )
-
-
-def _time_text(time: str | datetime | None) -> str | None:
-    return r.format_time(time) if isinstance(time, datetime) else time
-
-
-def _slot_id(slot: _Trial | FrozenTrial) -> int:
-    return slot.id if isinstance(slot, _Trial) else slot._trial_id
-
-
-def _view(trial: _Trial) -> FrozenTrial:
-    if trial.view is None:
-        trial.view = trial.build(own_containers=True)
-    return trial.view
+        return study.trial_images()
 
 
 def _readable_directions(name: str, directions: list[int]) -> list[StudyDirection]:
@@ -873,7 +621,7 @@ def _readable_directions(name: str, directions: list[int]) -> list[StudyDirectio
     return readable
 
 
-def _readable_steps(trial: _Trial, values: dict[str, float]) -> dict[int, float]:
+def _readable_steps(trial: TrialContents, values: dict[str, float]) -> dict[int, float]:
     readable = {}
     for step, value in values.items():
         try:

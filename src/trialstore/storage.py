@@ -33,10 +33,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import checks, records as r
 from trialstore.clock import CLOCK, Clock
+from trialstore.contents import parse_distribution
 from trialstore.exchange import Alone, Exchanger
 from trialstore.log import NOTHING, Limited, Log, Wanted
 from trialstore.records import ACCEPTED, Outcome, Verdict
-from trialstore.replica import Replica, parse_distribution
+from trialstore.replica import Replica
 
 _logger = logging.getLogger("trialstore")
 
