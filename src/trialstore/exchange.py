@@ -129,8 +129,9 @@ class Exchanger:
         return len(self._outbox) >= _OUTBOX_MAX
 
     def has_deferred(self) -> bool:
-        """Whether anything waits in the outbox."""
-        return bool(self._outbox)
+        """Whether a deferred record may be waiting or be on the wire."""
+        with self.mutex:
+            return bool(self._outbox) or self._leader is not None
 
     def _linger(self) -> None:
         """Exchange what has waited for the linger; ends when nothing waits."""
@@ -160,11 +161,7 @@ class Exchanger:
         Raises:
             UpdateFinishedTrialError: Deferred records were rejected since they were last told of.
         """
-        while True:
-            with self.mutex:
-                waiting = bool(self._outbox) or self._leader is not None
-            if not waiting:
-                break
+        while self.has_deferred():
             self.run((), NOTHING)
         with self.mutex:
             rejected = [text for texts in self._rejected.values() for text in texts]

@@ -15,15 +15,16 @@ from trialstore.storage import Storage
 from trialstore.testing.suites.base import exchanger_of, wait_until
 
 _N_TRIALS = 500
+_LINGER_S = 0.002
 
 
 def _open(kind: str, folder: Path) -> tuple[str, Storage]:
     if kind == "sqlite":
         url = f"sqlite:///{folder / 'store.db'}"
-        return url, trialstore.RDBStorage(url)
+        return url, trialstore.RDBStorage(url, linger_s=_LINGER_S)
     path = folder / "journal.log"
     backend = trialstore.journal.JournalFileBackend(str(path))
-    return f"journal:{path}", trialstore.JournalStorage(backend)
+    return f"journal:{path}", trialstore.JournalStorage(backend, linger_s=_LINGER_S)
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
@@ -33,23 +34,24 @@ def test_500_tells_from_another_process_lose_no_parameter(kind: str, tmp_path: P
     teller = start(
         sys.executable, "tell", "trialstore", url, "s", _N_TRIALS, stdin=subprocess.PIPE
     )
-    assert teller.stdin is not None
+    assert teller.stdin is not None and teller.stdout is not None
     try:
         for _ in range(_N_TRIALS):
             trial = study.ask()
             for name in ("x", "y", "z"):
                 trial.suggest_float(name, 0.0, 1.0)
-            # As soon as the last parameter is suggested; the outbox may still hold it.
-            teller.stdin.write(f"{trial.number}\n")
-            teller.stdin.flush()
+            # As soon as the last parameter is suggested; the outbox may still hold it. The teller
+            # waits for as long as the asker lingers, however long that takes on a busy machine.
+            print(trial.number, file=teller.stdin, flush=True)
+            assert teller.stdout.readline() == "wait\n"
+            wait_until(lambda: not exchanger_of(storage).has_deferred(), "an empty outbox")
+            print("go", file=teller.stdin, flush=True)
         _, errors = teller.communicate(timeout=DEADLINE_S)
         assert teller.returncode == 0, errors
     finally:
         if teller.poll() is None:
             teller.kill()
             teller.wait()
-    storage.flush()
-    wait_until(lambda: not exchanger_of(storage)._outbox, "an empty outbox")
     trials = study.get_trials()
     assert [trial.number for trial in trials] == list(range(_N_TRIALS))
     lost = [trial.number for trial in trials if list(trial.params) != ["x", "y", "z"]]

@@ -7,7 +7,6 @@ Imports nothing from the tests, so that any environment with Optuna can run it.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 import json
 import math
 import os
@@ -120,33 +119,40 @@ def dump(storage: Any, study_name: str) -> dict[str, Any]:
     }
 
 
+def tell(url: str, study_name: str, n_trials: int) -> None:
+    """Tell by number each trial whose number comes in on standard input.
+
+    Where the storage waits for the asker, ``wait`` goes out, and ``go`` has to come in.
+    """
+    from trialstore.clock import Clock
+
+    class Pipes(Clock):
+        def sleep(self, duration_s: float) -> None:
+            print("wait", flush=True)
+            assert sys.stdin.readline() == "go\n"
+
+    storage = open_storage("trialstore", url, clock=Pipes())
+    study = optuna.load_study(study_name=study_name, storage=storage)
+    for _ in range(n_trials):
+        number = int(sys.stdin.readline())
+        study.tell(number, float(number))
+
+
 def main(argv: list[str]) -> None:
     task, kind, url, study_name, *numbers = argv
-    # A teller waits for twice its own linger: long, since a busy machine stalls the asker.
-    storage = open_storage(kind, url, **({"linger_s": 0.5} if task == "tell" else {}))
+    if task == "tell":
+        tell(url, study_name, int(numbers[0]))
+        return
+    storage = open_storage(kind, url)
     if task == "create":
         optuna.create_study(study_name=study_name, storage=storage)
     elif task == "optimize":
         optimize(storage, study_name, *map(int, numbers))
     elif task == "write":
         write(storage, study_name)
-    elif task == "tell":
-        tell(storage, study_name, int(numbers[0]))
     else:
         json.dump(dump(storage, study_name), sys.stdout)
     storage.remove_session()
-
-
-def tell(storage: Any, study_name: str, n_trials: int) -> None:
-    """Tell by number each trial whose number comes in on standard input, many at a time."""
-    study = optuna.load_study(study_name=study_name, storage=storage)
-    with ThreadPoolExecutor(16) as pool:
-        told = [
-            pool.submit(study.tell, number, float(number))
-            for number in (int(sys.stdin.readline()) for _ in range(n_trials))
-        ]
-    for result in told:
-        result.result()
 
 
 if __name__ == "__main__":

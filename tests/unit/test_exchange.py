@@ -287,3 +287,56 @@ def test_a_record_that_the_log_can_t_keep_does_not_keep_others_out(
     with pytest.raises(UpdateFinishedTrialError, match="bad does not fit"):
         storage.get_trial(first)
     assert storage.get_trial(first).user_attrs == {"good": 1}
+
+
+def _stale_reader(tap: _Tap, clock: ManualClock) -> Storage:
+    # Its linger ends by the same clock; no test here advances that far.
+    return Storage(tap, linger_s=60.0, max_staleness_s=10.0, clock=clock)
+
+
+def test_an_answer_may_be_as_old_as_the_staleness_and_no_older(log: MemoryLog, tap: _Tap) -> None:
+    writer, clock = Storage(log, linger_s=0), ManualClock()
+    reader = _stale_reader(tap, clock)
+    study_id = writer.create_new_study([StudyDirection.MINIMIZE], "study")
+    assert reader.get_n_trials(study_id) == 0
+    writer.create_new_trial(study_id)
+    n_exchanges = len(tap.sent)
+    clock.advance(10.0)
+    assert (reader.get_n_trials(study_id), len(tap.sent)) == (0, n_exchanges)
+    clock.advance(0.5)
+    assert (reader.get_n_trials(study_id), len(tap.sent)) == (1, n_exchanges + 1)
+
+
+def test_a_stale_reader_sees_its_own_writes_also_those_on_the_wire(
+    tap: _Tap, study_id: int
+) -> None:
+    storage = _stale_reader(tap, ManualClock())
+    trial_id = _started_trial(storage, study_id)
+    storage.get_all_trials(study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    assert storage.get_all_trials(study_id)[0].user_attrs == {"k": 1}
+
+    storage.set_trial_user_attr(trial_id, "k", 2)
+    on_the_wire, go_on = threading.Event(), threading.Event()
+
+    def wait(records: Sequence[AnyOperation]) -> None:
+        if records:
+            on_the_wire.set()
+            assert go_on.wait(_DEADLINE_S)
+
+    tap.before = wait
+    flusher = threading.Thread(target=storage.flush)
+    flusher.start()
+    assert on_the_wire.wait(_DEADLINE_S)
+    seen: list[object] = []
+    reader = threading.Thread(
+        target=lambda: seen.append(storage.get_all_trials(study_id)[0].user_attrs)
+    )
+    reader.start()
+    # Not answered while the write is away; served by the next exchange.
+    while not storage._exchanger._gathered and reader.is_alive():
+        pass
+    go_on.set()
+    flusher.join(_DEADLINE_S)
+    reader.join(_DEADLINE_S)
+    assert seen == [{"k": 2}]
