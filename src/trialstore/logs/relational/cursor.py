@@ -22,13 +22,19 @@ RANGES_MAX: Final = 64
 
 
 class Probe(msgspec.Struct, frozen=True, array_like=True):
-    """A trial by which a study is recognised where ids are used again after a delete."""
+    """A trial by which a study is recognised where ids are used again after a delete.
+
+    Args:
+        trial_id: A finished one if there is one, else a RUNNING one; of those the newest.
+        number: Its number.
+        start: As the column has it; empty for a trial that was WAITING, whose start may change.
+        rank: 2 finished, 1 RUNNING, 0 WAITING.
+    """
 
     trial_id: int
     number: int
     start: str
-    """As the column has it; empty for one not started."""
-    finished: bool
+    rank: int
 
 
 class StudyCursor(msgspec.Struct, frozen=True, array_like=True):
@@ -37,22 +43,42 @@ class StudyCursor(msgspec.Struct, frozen=True, array_like=True):
     Args:
         name: Its name, which never changes.
         digest: Hash of its last image.
+        directions: As the column has them, which never change either.
         all_id: Every trial up to this id has been sent; 0 for none.
         seen_id: Up to this id unfinished trials are known; never less than ``all_id``.
         last_id: The greatest id of a trial of this study met so far.
-        held: RUNNING trials as they were last seen: id and start (empty if not read).
+        held: Ids of trials that were RUNNING when last seen.
         waiting: Ids of trials sent as WAITING, from and to, both included.
         probe: Where ids are used again.
     """
 
     name: str
     digest: bytes
+    directions: tuple[str, ...]
     all_id: int = 0
     seen_id: int = 0
     last_id: int = 0
-    held: tuple[tuple[int, str], ...] = ()
+    held: tuple[int, ...] = ()
     waiting: Ranges = ()
     probe: Probe | None = None
+
+    def holds(self, trial_id: int) -> bool:
+        """Whether it is among the trials that were unfinished when last seen."""
+        return trial_id in self.held or holds_id(self.waiting, trial_id)
+
+    def is_still(
+        self, name: str, directions: str | None, trial_id: int | None, number: int, start: str
+    ) -> bool:
+        """Whether this study is meant by a row of ``statements.incarnations``."""
+        objectives = [one.partition(":") for one in directions.split(",")] if directions else []
+        objectives.sort(key=lambda one: int(one[0]))
+        if (name, tuple([one[2] for one in objectives])) != (self.name, self.directions):
+            return False
+        probe = self.probe
+        if probe is None:
+            return True
+        known = (probe.trial_id, probe.number, probe.start or start)
+        return (trial_id, number, start) == known
 
 
 Studies = dict[int, StudyCursor]

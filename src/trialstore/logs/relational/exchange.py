@@ -11,7 +11,8 @@ An exchange that writes goes like this::
 
 Between any two of these lines a crash leaves nothing behind but, after COMMIT, everything. What
 is read comes after the commit, so that no lock is held while rows are on their way; it is a
-moment after the exchange began, which is all that was promised.
+moment after the exchange began, which is all that was promised. (On SQLite, without a way to go,
+it comes before.)
 
 A lost answer to COMMIT is settled by the mark (``trialstore_sessions``): its row is updated in
 the same transaction, so it tells whether that one happened, and the facts in it tell the
@@ -56,6 +57,8 @@ class Exchange:
         self.records = records
         self.before = before
         self.wanted = wanted
+        self.gone: set[int] = set()
+        """Followed studies that are not there any more, where ids are used again."""
         self.outcomes: list[Outcome] | None = None
         """None until the records are known to be committed."""
         self.written = Written()
@@ -91,10 +94,7 @@ class Exchange:
         elif self._fits_one_message():
             reading = self._write_and_read(session)
         else:
-            self.written = Written()
-            outcomes = self._write(session)
-            self.outcomes = outcomes
-            reading = self._read(session)
+            reading = self._write_stepwise(session)
         return Batch(outcomes=self.outcomes or [], news=reading.news(), cursor=reading.cursor())
 
     # --- the mark ---
@@ -228,7 +228,7 @@ class Exchange:
                 self.sent = False
                 self.stepwise = True
                 log._rollback()
-                return self._attempt_again()
+                return self._write_stepwise(log._connected())
             if fault not in (Fault.LOST, Fault.FENCED):
                 self.sent = False
             raise
@@ -242,12 +242,6 @@ class Exchange:
         reading.take(answers[n_before:])
         return self._finish(session, reading)
 
-    def _attempt_again(self) -> Reading:
-        session = self.log._connected()
-        self.written = Written()
-        self.outcomes = self._write(session)
-        return self._read(session)
-
     def _finish(self, session: Session, reading: Reading) -> Reading:
         """The rare second plan, and the ids that came with the images."""
         for _ in range(2):
@@ -260,13 +254,27 @@ class Exchange:
 
     # --- writing, statement by statement ---
 
-    def _write(self, session: Session) -> list[Outcome]:
+    def _write_stepwise(self, session: Session) -> Reading:
+        """One statement at a time, because a later one depends on what an earlier one reads.
+
+        Without a server there is no wire to hold locks for: the same transaction then reads, so
+        that its answers are of the moment of its writes.
+        """
+        d = self.dialect
+        self.written = Written()
         durable = r.must_be_durable(self.records)
         self.log._be_durable(session, durable)
-        session.run([self.dialect.begin_write])
+        session.run([d.begin_write])
+        self._find_gone(session)
         outcomes: list[Outcome] = []
         for segment in _segments(self.records):
             self._write_segment(session, segment, outcomes)
+        reading = self._answer(session) if d.name == "sqlite" else None
+        self._commit(session, outcomes, durable)
+        self.outcomes = outcomes
+        return reading or self._read(session)
+
+    def _commit(self, session: Session, outcomes: list[Outcome], durable: bool) -> None:
         last = [self.dialect.commit]
         if self.log._has_mark:
             text = msgspec.json.encode((outcomes, self.written)).decode()
@@ -282,7 +290,6 @@ class Exchange:
         self.log._seq += 1
         if durable:
             self.log.durable_commits += 1
-        return outcomes
 
     def _write_segment(
         self, session: Session, records: list[Operation], outcomes: list[Outcome]
@@ -293,7 +300,11 @@ class Exchange:
         steps = [d.step(s.insert_study, name=name) for name in touched.names]
         steps += self._locks(touched, {study_id for study_id, _ in judged})
         steps.append(_facts_step(d, s.read_facts, touched, {}))
-        facts = Facts(session.run(steps)[-1][0][0], self._starts() if d.ids_reused else None)
+        facts = Facts(session.run(steps)[-1][0][0])
+        for trial_id in touched.trials:
+            if any(self.before[study_id].holds(trial_id) for study_id in self.gone):
+                # Whatever bears this id now, it is not what the operation was meant for.
+                facts.trials.pop(trial_id, None)
         for pair in judged:
             row = session.run([d.step(s.first_param, study_id=pair[0], name=pair[1])])[0]
             facts.first_params[pair] = row[0][0] if row else None
@@ -311,7 +322,7 @@ class Exchange:
     def _write_one(self, session: Session, record: Operation) -> Outcome:
         """Write an accepted operation whose locks are held."""
         d = self.dialect
-        known = self._known_now(session, record) if d.ids_reused else self._known(record)
+        known = self._known(record)
         steps = writes(d, record, known)
         if isinstance(record, r.CreateTrial):
             steps.append(d.step(s.newest_trial, study_id=record.study_id, known=known))
@@ -352,44 +363,34 @@ class Exchange:
         names = {x.param_name for x in records if isinstance(x, r.SetTrialParam)}
         return sorted(pair for pair in self.wanted.params if pair[1] in names)
 
-    def _starts(self) -> dict[int, str]:
-        return {one: start for x in self.before.values() for one, start in x.held if start}
-
-    def _known_now(self, session: Session, record: Operation) -> int:
-        """As ``_known``, but 0 if that trial is gone, and with it the study that we followed."""
-        known = self._known(record)
-        if not known or not isinstance(record, r.CreateTrial):
-            return known
-        step = self.dialect.step(s.probe, trial_id=known, study_id=record.study_id)
-        if session.run([step])[0]:
-            return known
-        self.written.deleted.append(record.study_id)
-        return 0
-
     def _known(self, record: Operation) -> int:
-        study = self.before.get(getattr(record, "study_id", -1))
-        return study.last_id if study else 0
+        study_id = getattr(record, "study_id", -1)
+        study = self.before.get(study_id)
+        return study.last_id if study and study_id not in self.gone else 0
 
     # --- reading ---
 
     def _read(self, session: Session) -> Reading:
-        d = self.dialect
-        reading = Reading(d, self.log._decoder, self.before, self.wanted, self.written)
         if not self.wanted_anything():
-            return reading
-        if d.begin_read is not None:
-            session.run([d.begin_read])
+            return Reading(self.dialect, self.log._decoder, self.before, self.wanted, self.written)
+        begin = self.dialect.begin_read
+        if begin is None:
+            return self._answer(session)
+        session.run([begin])
         try:
-            if d.ids_reused:
-                self._drop_other_incarnations(session, reading)
-            steps = reading.plan()
-            if steps:
-                reading.take(session.run(steps))
-            self._finish(session, reading)
+            self._find_gone(session)
+            return self._answer(session)
         finally:
-            if d.begin_read is not None:
-                session.run([d.commit])
-        return reading
+            session.run([self.dialect.commit])
+
+    def _answer(self, session: Session) -> Reading:
+        """Read what was wanted, in as many plans as it takes."""
+        self.written.deleted += self.gone
+        reading = Reading(self.dialect, self.log._decoder, self.before, self.wanted, self.written)
+        steps = reading.plan()
+        if steps:
+            reading.take(session.run(steps))
+        return self._finish(session, reading)
 
     def wanted_anything(self) -> bool:
         w, wrote = self.wanted, self.written
@@ -408,21 +409,35 @@ class Exchange:
             or wrote.created
         )
 
-    def _drop_other_incarnations(self, session: Session, reading: Reading) -> None:
-        """SQLite gives the ids of a deleted study to the next one: compare one trial and the
-        name, and start again with a study that is another one."""
-        known = [(one, self.before[one]) for one in reading.polled() if one in self.before]
-        for study_id, study in known:
-            probe = study.probe
-            if probe is None:
-                continue
-            step = self.dialect.step(s.probe, trial_id=probe.trial_id, study_id=study_id)
-            rows = session.run([step])[0]
-            same = bool(rows) and rows[0][0] == probe.number
-            if same and probe.start:
-                same = rows[0][1] == probe.start
-            if not same:
-                reading.forget(study_id)
+    def _find_gone(self, session: Session) -> None:
+        """SQLite gives the ids of a deleted study and its trials out again. A study is the one
+        that we followed if it is called the same and has the trial that we know it by."""
+        d = self.dialect
+        followed = self._concerned() if d.ids_reused else []
+        if not followed:
+            return
+        args: dict[str, Any] = {}
+        studies = {study_id: self.before[study_id] for study_id in followed}
+        trials = sorted(x.probe.trial_id for x in studies.values() if x.probe is not None)
+        shape = (s.pad("study", followed, args), s.pad("trial", trials, args))
+        rows = session.run([d.step(s.incarnations, *shape, **args)])[0]
+        same = {row[0] for row in rows if studies[row[0]].is_still(*row[1:])}
+        self.gone = set(followed) - same
+
+    def _concerned(self) -> list[int]:
+        """Followed studies that this exchange writes on, or reads by what it knows of them."""
+        w = self.wanted
+        ids = {*w.trials_of, *w.waiting_of, *[one for one, _ in (*w.numbers, *w.params)]}
+        trials = set(w.trials)
+        for record in self.records:
+            if (study_id := getattr(record, "study_id", None)) is not None:
+                ids.add(study_id)
+            elif (trial_id := getattr(record, "trial_id", None)) is not None:
+                trials.add(trial_id)
+        for study_id, study in self.before.items():
+            if (study.held or study.waiting) and any(study.holds(one) for one in trials):
+                ids.add(study_id)
+        return sorted(ids & self.before.keys())
 
 
 # --- statements of a record ----------------------------------------------------------------------

@@ -51,6 +51,14 @@ class TrialRow(msgspec.Struct):
     start: str
 
 
+class StudyRow(msgspec.Struct):
+    """A study's rows, with what the cursor needs of them."""
+
+    image: PutStudy
+    digest: bytes
+    directions: tuple[str, ...]
+
+
 class Decoder:
     """Keeps what repeats in rows: distributions, names, warnings given."""
 
@@ -209,8 +217,8 @@ class Decoder:
 
     # --- studies ---
 
-    def studies(self, rows: Iterable[Any]) -> dict[int, tuple[PutStudy, bytes]]:
-        """Images of studies in rows of ``studies_selected``, each with its digest."""
+    def studies(self, rows: Iterable[Any]) -> dict[int, StudyRow]:
+        """Studies in rows of ``studies_selected``."""
         grouped: dict[int, list[list[Any]]] = {}
         for study_id, kind, row_id, key, value in rows:
             if study_id not in grouped:
@@ -229,7 +237,8 @@ class Decoder:
                 system_attrs=self._attributes(systems, study_id, None, "system"),
             )
             text = repr((names, directions, users, systems)).encode("utf-8", "surrogatepass")
-            found[study_id] = (image, hashlib.blake2b(text, digest_size=8).digest())
+            digest = hashlib.blake2b(text, digest_size=8).digest()
+            found[study_id] = StudyRow(image, digest, tuple([d[1] for d in directions]))
         return found
 
     def _direction(self, name: str, study_id: int) -> int:

@@ -9,7 +9,7 @@ rare, and each plan is one message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -28,6 +28,7 @@ from trialstore.logs.relational.dialects import Dialect, Rows, Step
 from trialstore.logs.relational.images import Decoder
 from trialstore.records import RUNNING, WAITING, DeleteStudy, PutParam, PutStudy, PutTrial, Record
 
+_UNKNOWN: Final = StudyCursor("", b"", ())
 _REREAD_WAITING_MAX = 64
 """WAITING trials of a study that are read again with it; of more only those that changed."""
 
@@ -68,7 +69,7 @@ class Reading:
         self._put_studies: dict[int, PutStudy] = {}
         self._put_trials: dict[int, PutTrial] = {}
         self._put_params: list[PutParam] = []
-        self._starts: dict[int, str] = {}
+        self._starts: dict[int, str] = {}  # of images, where ids are used again
         self._takes: list[Any] = []
         self._asked: set[int] = set()
         self._round = 0
@@ -101,10 +102,6 @@ class Reading:
         if self._after.pop(study_id, None) is not None:
             self._gone.append(study_id)
         self._put_studies.pop(study_id, None)
-
-    def polled(self) -> list[int]:
-        """Studies that are followed by id ranges, whose incarnation matters."""
-        return sorted(self._wanted.trials_of | self._wanted.waiting_of)
 
     # --- the plan ---
 
@@ -177,7 +174,7 @@ class Reading:
     def _plan_watch(self, steps: list[Step], study_id: int) -> None:
         known = self._after.get(study_id)
         args: dict[str, Any] = {"study_id": study_id, "seen": known.seen_id if known else 0}
-        held = s.pad("held", [one for one, _ in known.held], args) if known else 0
+        held = s.pad("held", known.held, args) if known else 0
         step = self._dialect.step(s.watch, held, **args)
         self._add(steps, step, lambda rows: self._take_watch(rows, study_id))
 
@@ -189,15 +186,15 @@ class Reading:
         left: list[tuple[int, int, int]] = []
         queued: list[tuple[int, int]] = []
         for study_id in sorted(w.trials_of | w.waiting_of):
-            known = self._after.get(study_id) or StudyCursor("", b"")
+            known = self._after.get(study_id) or _UNKNOWN
             left += [(study_id, low, high) for low, high in known.waiting]
             if study_id in w.trials_of:
                 above.append((study_id, known.all_id))
-                ids |= {one for one, _ in known.held if one <= known.all_id}
+                ids |= {one for one in known.held if one <= known.all_id}
                 ids |= set(few_ids(known.waiting, _REREAD_WAITING_MAX) or ())
             else:
                 queued.append((study_id, known.seen_id))
-                turned |= {one for one, _ in known.held}
+                turned |= set(known.held)
         args: dict[str, Any] = {"session": self._wrote.session}
         for i, (study_id, low) in enumerate(above):
             args[f"above_study_{i}"], args[f"above_{i}"] = study_id, low
@@ -254,7 +251,7 @@ class Reading:
     def _take_trials(self, rows: Rows) -> None:
         for row in self._decoder.trials(rows):
             self._put_trials[row.image.trial_id] = row.image
-            if row.image.state == RUNNING or self._dialect.ids_reused:
+            if self._dialect.ids_reused:
                 self._starts[row.image.trial_id] = row.start
 
     def _take_studies(self, rows: Rows, ids: set[int], names: set[str], everything: bool) -> None:
@@ -263,19 +260,22 @@ class Reading:
             asked = everything or study_id in ids or followed.name in names
             if asked and study_id not in found:
                 self.forget(study_id)
-        for study_id, (image, digest) in sorted(found.items()):
+        for study_id, row in sorted(found.items()):
             known = self._after.get(study_id)
-            if known is not None and known.name != image.study_name:
+            identity = (row.image.study_name, row.directions)
+            if known is not None and (known.name, known.directions) != identity:
                 # Deleted, and its id given to another study; nothing of the old one is true.
                 self.forget(study_id)
                 known = None
             if known is None:
-                self._after[study_id] = StudyCursor(image.study_name, digest)
-            elif known.digest == digest:
+                self._after[study_id] = StudyCursor(
+                    row.image.study_name, row.digest, row.directions
+                )
+            elif known.digest == row.digest:
                 continue
             else:
-                self._after[study_id] = msgspec.structs.replace(known, digest=digest)
-            self._put_studies[study_id] = image
+                self._after[study_id] = msgspec.structs.replace(known, digest=row.digest)
+            self._put_studies[study_id] = row.image
 
     def _move_marks(self, watched: list[tuple[int, Rows]]) -> None:
         by_study: dict[int, list[PutTrial]] = {}
@@ -292,7 +292,7 @@ class Reading:
         self, study_id: int, known: StudyCursor, images: list[PutTrial], watched: Rows | None
     ) -> StudyCursor:
         all_id, seen_id, last_id = known.all_id, known.seen_id, known.last_id
-        held = dict(known.held)
+        held = set(known.held)
         if images:
             last_id = max(last_id, max(x.trial_id for x in images))
         if study_id in self._wanted.trials_of and images:
@@ -306,40 +306,40 @@ class Reading:
             for one, state in state_of.items():
                 if state in ("RUNNING", "WAITING") and not holds_id(known.waiting, one):
                     # WAITING without an image: claimed between the two reads; watch it.
-                    held.setdefault(one, "")
+                    held.add(one)
                 elif one > all_id:
                     # Finished and never to be asked for by id: it comes with those above.
-                    held.pop(one, None)
+                    held.discard(one)
         gone = [x.trial_id for x in images if x.state != WAITING]
         waiting = without_ids(known.waiting, gone) if known.waiting else known.waiting
         queued = []
         for image in images:
             if image.state == RUNNING:
-                held[image.trial_id] = self._starts.get(image.trial_id, "")
+                held.add(image.trial_id)
             else:
-                held.pop(image.trial_id, None)
+                held.discard(image.trial_id)
                 if image.state == WAITING and image.trial_id <= seen_id:
                     queued.append(image.trial_id)
         if queued:
             waiting = with_ids(waiting, queued)
-        return StudyCursor(
-            name=known.name,
-            digest=known.digest,
+        return msgspec.structs.replace(
+            known,
             all_id=all_id,
             seen_id=seen_id,
             last_id=last_id,
-            held=tuple(sorted(held.items())),
+            held=tuple(sorted(held)),
             waiting=waiting,
             probe=self._probe(known.probe, images) if self._dialect.ids_reused else None,
         )
 
     def _probe(self, probe: Probe | None, images: list[PutTrial]) -> Probe | None:
-        best = (probe.finished, bool(probe.start), probe.trial_id) if probe else None
         for image in images:
-            start = self._starts.get(image.trial_id, "")
-            finished = image.state not in (RUNNING, WAITING)
-            rank = (finished and bool(start), bool(start), image.trial_id)
-            if best is None or rank >= best:
-                best = rank
-                probe = Probe(image.trial_id, image.number, start, rank[0])
+            rank = {RUNNING: 1, WAITING: 0}.get(image.state, 2)
+            if (
+                probe is None
+                or image.trial_id == probe.trial_id
+                or (rank, image.trial_id) > (probe.rank, probe.trial_id)
+            ):
+                start = self._starts.get(image.trial_id, "") if rank else ""
+                probe = Probe(image.trial_id, image.number, start, rank)
         return probe

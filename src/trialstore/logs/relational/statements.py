@@ -104,7 +104,7 @@ def facts(d: Dialect, trials: int, studies: int, names: int) -> Any:
     parts: list[Any] = []
     if trials:
         c = t.trials.c
-        row = d.join_text(c.trial_id, c.study_id, c.state, c.datetime_start)
+        row = d.join_text(c.trial_id, c.study_id, c.state)
         parts.append(
             _select(d.aggregate(row))
             .where(c.trial_id.in_(_params("trial", trials)))
@@ -606,12 +606,27 @@ def watch(d: Dialect, held: int) -> Any:
     return _union_all(*branches)
 
 
-def probe(d: Dialect) -> Any:
-    """Number and start of one trial, to see whether its study is still the same one."""
-    c = t.trials.c
-    return _select(c.number, d.as_text(c.datetime_start)).where(
-        c.trial_id == _p("trial_id"), c.study_id == _p("study_id")
+def incarnations(d: Dialect, studies: int, trials: int) -> Any:
+    """Rows (study id, name, directions, trial id, number, start), to see whether studies are
+    still the same ones; the last three are of the trials given, NULL without one."""
+    c, of = t.trials.c, t.study_directions.c
+    directions = (
+        _select(d.aggregate(d.join_text(of.objective, of.direction)))
+        .where(of.study_id == t.studies.c.study_id)
+        .scalar_subquery()
     )
+    columns = [t.studies.c.study_id, t.studies.c.study_name, directions]
+    source: Any = t.studies
+    if trials:
+        probed = sa.and_(
+            c.study_id == t.studies.c.study_id, c.trial_id.in_(_params("trial", trials))
+        )
+        source = t.studies.outerjoin(t.trials, probed)
+        columns += [c.trial_id, c.number, c.datetime_start]
+    else:
+        columns += [sa.null(), sa.null(), sa.null()]
+    query = _select(*columns).select_from(source)
+    return query.where(t.studies.c.study_id.in_(_params("study", studies)))
 
 
 # --- catalogue -----------------------------------------------------------------------------------

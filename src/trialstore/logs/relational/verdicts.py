@@ -48,20 +48,16 @@ class Touched:
 class Facts:
     """What stood in the tables under our locks, kept up to date with what we write."""
 
-    def __init__(self, text: str, starts: dict[int, str] | None = None) -> None:
+    def __init__(self, text: str) -> None:
         """
         Args:
             text: Answer of ``statements.facts``.
-            starts: Start times of trials as the cursor knows them, where ids are used again: a
-                trial with another start is another trial.
         """
         trials, studies, names = text.split(";")
         self.trials: dict[int, list[str]] = {}
         for row in trials.split(",") if trials else ():
-            trial_id, study_id, state, start = row.split(":", 3)
-            known = starts.get(int(trial_id)) if starts else None
-            if not known or known == start:
-                self.trials[int(trial_id)] = [study_id, state]
+            trial_id, study_id, state = row.split(":")
+            self.trials[int(trial_id)] = [study_id, state]
         self.studies = {int(one) for one in studies.split(",") if one}
         self.new_studies = [int(one) for one in names.split(",") if one]
         self.made: set[str] = set()
