@@ -8,7 +8,7 @@ import tempfile
 from typing import ClassVar
 from unittest import TestCase
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 import pytest
 
 from backends import BACKENDS, SERVER_BACKENDS, Backend
@@ -20,10 +20,6 @@ _SETTINGS = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-
-
-# A failure that is expected needs no small example.
-_BRIEF = settings(_SETTINGS, max_examples=10, phases=[Phase.generate])
 
 
 class _BackendMachine(StorageMachine):
@@ -44,7 +40,7 @@ class _BackendMachine(StorageMachine):
 def _test_case(backend: Backend, keeps_ids_apart: bool) -> type[TestCase]:
     body = {"backend": backend, "keeps_ids_apart": keeps_ids_apart}
     case: type[TestCase] = type("Machine", (_BackendMachine,), body).TestCase
-    case.settings = _SETTINGS if keeps_ids_apart else _BRIEF  # type: ignore[attr-defined]
+    case.settings = _SETTINGS  # type: ignore[attr-defined]
     return type(backend.name, (case,), {"pytestmark": list(backend.marks)})
 
 
@@ -60,7 +56,4 @@ for _backend in (*BACKENDS, *SERVER_BACKENDS):
             reason="issue 4: MariaDB under the stateful machine", strict=False
         )(_test_case(_backend, True))
     if _backend.capabilities.shared and _backend.capabilities.reuses_ids:
-        # Issue 4: a study deleted, and its ids given again, while another process holds it.
-        globals()[f"TestMachineWithReusedIdsOn{_name(_backend)}"] = pytest.mark.xfail(
-            reason="issue 4: ids that SQLite gives again", strict=False
-        )(_test_case(_backend, False))
+        globals()[f"TestMachineWithReusedIdsOn{_name(_backend)}"] = _test_case(_backend, False)
