@@ -7,12 +7,13 @@ never another log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from trialstore.records import AnyOperation, Outcome, Record
+from trialstore.findings import Finding
+from trialstore.records import AnyOperation, Outcome, PutTrial, Record
 
 Cursor = Any
 """Position after the last record applied; opaque outside its log; ``START`` is before the first.
@@ -222,4 +223,80 @@ class LeaseStore(Protocol):
                 that keeps leases by trial may look for itself instead.
             grace_period_s: By the log's clock.
         """
+        ...
+
+
+class Overview(NamedTuple):
+    """A study in a line.
+
+    Args:
+        counts: State to number of trials, of those states that have any.
+        best: The COMPLETE trial with the best first value, if there is one.
+        first_at: The earliest start, as text of a record.
+        last_at: The latest completion.
+    """
+
+    counts: Mapping[int, int]
+    best: PutTrial | None
+    first_at: str | None
+    last_at: str | None
+
+
+@runtime_checkable
+class Paged(Protocol):
+    """A log that can show a part of a study, so that who reads it once need not hold it."""
+
+    def page(self, study_id: int, above: int, count_max: int) -> Sequence[PutTrial]:
+        """Images of the trials with the least ids above ``above``, in order of id; none at the
+        end. It moves no cursor, and each page is of a moment of its own."""
+        ...
+
+    def overview(self, study_id: int, maximize: bool) -> Overview:
+        """What there is to say of a study without its trials."""
+        ...
+
+
+class Entry(NamedTuple):
+    """A record of a journal as its bytes are, before anybody has tried to read them.
+
+    Args:
+        where: For a person to find it.
+        data: Without the newline; None where there should be one and is none.
+        ended: Whether a newline follows; always where records are no lines.
+    """
+
+    where: str
+    data: bytes | None
+    ended: bool = True
+
+
+@runtime_checkable
+class Entries(Protocol):
+    """A sequential log that can be read past a damage; it takes no lock and repairs nothing."""
+
+    def entries(self) -> Iterator[Entry]:
+        """Every record's bytes, from the first on."""
+        ...
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A log that knows what can be wrong with its own format."""
+
+    def findings(self, *, deep: bool) -> Iterator[Finding]:
+        """What is wrong, beside what ``Entries`` shows.
+
+        Args:
+            deep: Also what takes a reading of everything.
+        """
+        ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A log that can say what it is."""
+
+    def facts(self) -> dict[str, Any]:
+        """``kind``, ``address`` (without secrets), ``size_bytes`` where known, and what else is
+        worth knowing of this kind; JSON values."""
         ...

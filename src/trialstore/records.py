@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 import enum
 import json
+import re
 import time
 from typing import Any, Final
 import zlib
@@ -378,6 +379,9 @@ def _utc_offset(hour: str) -> timedelta | None:
 
 # --- journal lines -------------------------------------------------------------------------------
 
+RECORD_START: Final = re.compile(rb'\{"op_code":')
+"""How every line begins, ours and Optuna's."""
+
 _line_decoder: Final = msgspec.json.Decoder(AnyOperation)
 _line_encoder: Final = msgspec.json.Encoder()
 
@@ -429,6 +433,25 @@ def checksum_matches(line: bytes) -> bool | None:
     if not suffix.startswith(_CHECKSUM_KEY):
         return None
     return suffix == b'%s%08x"}' % (_CHECKSUM_KEY, zlib.crc32(line[:-_CHECKSUM_LEN]))
+
+
+def counts_for_nothing(fragment: bytes) -> bool:
+    """Whether bytes that no newline ends are what a crash leaves.
+
+    A record without its newline was never acknowledged: it may be followed by nothing, by the
+    beginning of the next one, or by what our own writes and a lost page leave, spaces and NULs.
+    A whole record followed by anything else had a newline once, and that was damaged.
+    """
+    text = fragment.decode("latin-1")  # keeps offsets, and JSON's structure is ASCII
+    for start in RECORD_START.finditer(fragment):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, start.start())
+            decode_line(fragment[start.start() : end])
+        except (ValueError, RecursionError):
+            continue
+        if text[end:].lstrip(" \0")[:1] not in ("", "{"):
+            return False
+    return True
 
 
 def decode_line(line: bytes) -> AnyOperation:

@@ -109,6 +109,11 @@ class Storage(BaseStorage):
         self._open(log)
 
     @property
+    def log(self) -> Log:
+        """Where the records are kept."""
+        return self._exchanger.log
+
+    @property
     def _replica(self) -> Replica:
         return self._exchanger.replica
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from optuna.storages import BaseStorage
 
+from trialstore.errors import LogUnavailableError
+from trialstore.log import Log
+
 _REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "sentinel")
+_TABLES = ("sqlite", "postgresql", "mysql", "mariadb")
 _SCHEMES = (
     "sqlite:///file.db, postgresql+psycopg://..., mysql+pymysql://..., redis://..., "
     "grpc://host:port, grpcs://host:port, journal:///path or a path, memory://"
@@ -37,7 +42,7 @@ def get_storage(storage: str | BaseStorage | None, **options: Any) -> BaseStorag
     if scheme in _REDIS:
         return _journal_in_redis(storage, options)
     kind = scheme.partition("+")[0]
-    if kind in ("sqlite", "postgresql", "mysql", "mariadb"):
+    if kind in _TABLES:
         from trialstore.rdb import RDBStorage
 
         return RDBStorage(storage, **options)
@@ -49,7 +54,63 @@ def get_storage(storage: str | BaseStorage | None, **options: Any) -> BaseStorag
         from trialstore.in_memory import InMemoryStorage
 
         return InMemoryStorage(**options)
-    raise ValueError(
+    raise _unknown(scheme)
+
+
+def open_log(url: str, **options: Any) -> Log:
+    """The log of a store that exists; it is not read yet, so it may be damaged, and never made.
+
+    Args:
+        url: As for ``get_storage``.
+        options: Keyword arguments for the log's constructor.
+
+    Raises:
+        ValueError: No storage answers to the URL, or it names none that could exist already.
+        LogUnavailableError: There is no such file, or the server was not reached.
+    """
+    must_exist(url)
+    scheme, separator, rest = url.partition("://")
+    kind = scheme.partition("+")[0]
+    if not separator or kind == "journal":
+        from trialstore.journal import JournalFileBackend
+
+        return JournalFileBackend(rest if separator else url, **options)
+    if kind in _TABLES:
+        from trialstore.logs.relational.log import TablesLog
+
+        return TablesLog(url, skip_compatibility_check=True, skip_table_creation=True, **options)
+    if scheme in _REDIS:
+        backend: Log = _redis_backend(url, options)
+        return backend
+    storage: Any = get_storage(url, **options)
+    log: Log = storage.log
+    return log
+
+
+def must_exist(url: str) -> None:
+    """Where a URL names a file: it is there.
+
+    Raises:
+        LogUnavailableError: It is not.
+        ValueError: The URL names what lives in another process' memory.
+    """
+    scheme, separator, rest = url.partition("://")
+    kind = scheme.partition("+")[0]
+    path: str | None = None
+    if not separator or kind == "journal":
+        path = rest if separator else url
+    elif kind == "sqlite":
+        from trialstore.logs.relational.log import sqlite_path
+
+        path = sqlite_path(url)
+    elif kind == "memory":
+        raise ValueError("A store in memory lives in the process that made it, not here.")
+    if path is not None and not Path(path).is_file():
+        raise LogUnavailableError(f"There is no file {path}.")
+
+
+def _unknown(scheme: str) -> ValueError:
+    return ValueError(
         f"No storage answers to a URL that begins with {scheme!r}. Known: {_SCHEMES}."
     )
 
@@ -63,11 +124,29 @@ def _journal_file(path: str, options: dict[str, Any]) -> BaseStorage:
 
 
 def _journal_in_redis(url: str, options: dict[str, Any]) -> BaseStorage:
-    from trialstore.journal import JournalRedisBackend, JournalStorage
+    from trialstore.journal import JournalStorage
 
     of_backend = ("use_cluster", "prefix", "durability")
-    backend = JournalRedisBackend(url, **{n: v for n, v in options.items() if n in of_backend})
+    backend = _redis_backend(url, {n: v for n, v in options.items() if n in of_backend})
     return JournalStorage(backend, **{n: v for n, v in options.items() if n not in of_backend})
+
+
+def _redis_backend(url: str, options: dict[str, Any]) -> Any:
+    """``prefix`` and ``use_cluster`` may also stand in the URL's query, beside redis-py's own."""
+    from trialstore.journal import JournalRedisBackend
+
+    address, mark, query = url.partition("?")
+    rest = []
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name == "prefix":
+            options = {"prefix": value, **options}
+        elif name == "use_cluster":
+            options = {"use_cluster": value.lower() in ("1", "true", "yes"), **options}
+        else:
+            rest.append((name, value))
+    if len(rest) == len(parse_qsl(query, keep_blank_values=True)):
+        return JournalRedisBackend(url, **options)
+    return JournalRedisBackend(address + (mark + urlencode(rest) if rest else ""), **options)
 
 
 def _grpc_proxy(url: str, tls: bool, options: dict[str, Any]) -> BaseStorage:

@@ -10,7 +10,7 @@ Source: Optuna ``BaseJournalBackend``, ``BaseJournalSnapshot``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 import json
 import os
@@ -27,7 +27,7 @@ from trialstore.errors import (
     OutcomeUnknownError,
     TrialstoreError,
 )
-from trialstore.log import START, Batch, Cursor, LeaseStore, Wanted
+from trialstore.log import START, Batch, Cursor, Entry, LeaseStore, Wanted
 from trialstore.logs.beats import Beats
 from trialstore.records import AnyOperation, from_journal_dict, to_journal_dict
 
@@ -97,6 +97,11 @@ class BackendLog:
                 raise OutcomeUnknownError(message) from error
             raise LogUnavailableError(message) from error
         return Batch(None, news, number + len(news))
+
+    def entries(self) -> Iterator[Entry]:
+        """See ``Entries``; raises whatever the backend raises where it can't read."""
+        for number, fields in enumerate(self._backend.read_logs(0)):
+            yield Entry(f"{self._name}, record {number}", json.dumps(fields).encode())
 
     def close(self) -> None:
         """Nothing to release: a backend has no method for it."""

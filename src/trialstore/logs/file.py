@@ -48,12 +48,15 @@ from trialstore.errors import (
     LogUnavailableError,
     OutcomeUnknownError,
 )
-from trialstore.log import START, Batch, Cursor, Decide, Wanted
+from trialstore.findings import Finding
+from trialstore.log import START, Batch, Cursor, Decide, Entry, Wanted
 from trialstore.logs.beats import Beats
 from trialstore.logs.filelock import JournalFileSymlinkLock, file_system_is_local
 from trialstore.records import (
+    RECORD_START,
     AnyOperation,
     checksum_matches,
+    counts_for_nothing,
     decode_line,
     decode_lines,
     encode_line,
@@ -85,7 +88,6 @@ _SPACE_LOW_BYTES: Final = 1 << 24
 _UNSYNCED_BYTES_MAX: Final = 1 << 22
 
 _BINARY: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-_RECORD_START: Final = re.compile(rb'\{"op_code":')
 _CHECKSUM_KEY: Final = b',"crc":"'
 _CHECKSUM_FIELD: Final = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n')
 
@@ -137,6 +139,13 @@ def _is_only_writer(fd: int, path: str) -> bool:
     except FileNotFoundError:
         return False
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 def _pread(fd: int, count: int, offset: int) -> bytes:
@@ -195,33 +204,14 @@ def _decode_checked(line: bytes, decode: Callable[[bytes], _T]) -> _T:
     return decode(line)
 
 
-def _counts_for_nothing(fragment: bytes) -> bool:
-    """Whether bytes that no newline ends are what a crash leaves.
-
-    A record without its newline was never acknowledged: it may be followed by nothing, by the
-    beginning of the next one, or by what our own writes and a lost page leave, spaces and NULs.
-    A whole record followed by anything else had a newline once, and that was damaged.
-    """
-    text = fragment.decode("latin-1")  # keeps offsets, and JSON's structure is ASCII
-    for start in _RECORD_START.finditer(fragment):
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, start.start())
-            decode_line(fragment[start.start() : end])
-        except (ValueError, RecursionError):
-            continue
-        if text[end:].lstrip(" \0")[:1] not in ("", "{"):
-            return False
-    return True
-
-
 def _glued_at(line: bytes) -> int:
     """Where the one whole record of a line with a torn prefix begins; 0 if it is no such line."""
-    for start in _RECORD_START.finditer(line, 1):
+    for start in RECORD_START.finditer(line, 1):
         try:
             _decode_checked(line[start.start() :], decode_line)
         except (ValueError, RecursionError):
             continue
-        return start.start() if _counts_for_nothing(line[: start.start()]) else 0
+        return start.start() if counts_for_nothing(line[: start.start()]) else 0
     return 0
 
 
@@ -537,6 +527,49 @@ class FileLog(BaseJournalBackend):
                 return None
         return snapshot, _cursor_of(position)
 
+    # --- Entries and Inspectable -------------------------------------------------------------
+
+    def entries(self) -> Iterator[Entry]:
+        """See ``Entries``.
+
+        Raises:
+            LogUnavailableError: The file can't be read.
+        """
+        with self._mutex, self._unavailable("can't be read"):
+            end = self._open()
+            offset = number = 0
+            for lines in self._whole_lines(0, end):
+                parts = lines.split(b"\n")
+                for index, line in enumerate(parts):
+                    ended = index < len(parts) - 1
+                    if ended or line:
+                        where = f"{self._path}, record {number}, byte offset {offset}"
+                        yield Entry(where, line, ended)
+                    offset += len(line) + ended
+                    number += 1
+                number -= 1
+
+    def facts(self) -> dict[str, Any]:
+        """See ``Described``."""
+        return {
+            "kind": "journal in a file",
+            "address": self._path,
+            "size_bytes": self._open(),
+            "snapshot_bytes": _size(self._snapshot_path),
+            "file_system_is_local": self._local,
+        }
+
+    def findings(self, *, deep: bool) -> Iterator[Finding]:
+        """See ``Inspectable``: what is beside the journal."""
+        if _size(self._snapshot_path) is not None and self.load_snapshot() is None:
+            yield Finding(
+                "snapshot-unusable",
+                self._snapshot_path,
+                "The snapshot is damaged or of another journal. It is ignored and replaced in "
+                "time; nothing is lost.",
+                "note",
+            )
+
     @property
     def _snapshot_path(self) -> str:
         return self._path + ".snapshot"
@@ -619,7 +652,7 @@ class FileLog(BaseJournalBackend):
             last = lines[-_MARK_BYTES:] if len(lines) >= _MARK_BYTES else last + lines
             if offset - position.offset >= bytes_max:
                 break
-        if tail and not _counts_for_nothing(tail):
+        if tail and not counts_for_nothing(tail):
             raise self._corrupt("a record without its newline", offset, number)
         if not number:
             return news, _BEGIN, tail
@@ -671,7 +704,7 @@ class FileLog(BaseJournalBackend):
                 return 0
             line = lines[: lines.index(b"\n")].lstrip(b" ")
             # A repair overwrites a torn prefix; the identity must not depend on it.
-            if line[:1] != b"{" or _RECORD_START.search(line, 1):
+            if line[:1] != b"{" or RECORD_START.search(line, 1):
                 line = line[_glued_at(line) :]
             return int.from_bytes(hashlib.blake2b(line, digest_size=7).digest(), "big") or 1
         return 0

@@ -22,7 +22,7 @@ Source: docs/formats/redis.md; Optuna ``JournalRedisBackend``; Redis "Scripting 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import hashlib
 import json
@@ -48,7 +48,8 @@ from trialstore.errors import (
     LogUnavailableError,
     OutcomeUnknownError,
 )
-from trialstore.log import START, Batch, Cursor, Wanted
+from trialstore.findings import Finding
+from trialstore.log import START, Batch, Cursor, Entry, Wanted
 from trialstore.records import (
     AnyOperation,
     DeleteStudy,
@@ -830,6 +831,52 @@ class RedisLog(BaseJournalBackend):
             if _bytes(found) != expected:
                 return None
             return snapshot, (number, tail)
+
+    # --- Entries and Inspectable -------------------------------------------------------------
+
+    def entries(self) -> Iterator[Entry]:
+        """See ``Entries``."""
+        last = self._ask(self._last_number)
+        for begin in range(0, last + 1, _CHUNK_RECORDS):
+            numbers = range(begin, min(begin + _CHUNK_RECORDS, last + 1))
+            with self._mutex:
+                lines = self._get(numbers)
+            for number, line in zip(numbers, lines, strict=True):
+                yield Entry(self._key_name(number), None if line is None else _bytes(line))
+
+    def facts(self) -> dict[str, Any]:
+        """See ``Described``."""
+        stored = self._ask(lambda door: door.command("STRLEN", self._snapshot_key))
+        return {
+            "kind": "journal in Redis",
+            "address": self._address,
+            "prefix": self._prefix,
+            "n_records": self._ask(self._last_number) + 1,
+            "snapshot_bytes": int(stored) or None,
+        }
+
+    def findings(self, *, deep: bool) -> Iterator[Finding]:
+        """See ``Inspectable``: what is beside the records."""
+        last = self._ask(self._last_number)
+        with self._mutex:
+            beyond = self._get(range(last + 1, last + 1 + _NEWS_MAX))
+        ahead = [last + 1 + index for index, line in enumerate(beyond) if line is not None]
+        if ahead:
+            yield Finding(
+                "counter-behind",
+                self._name,
+                f"The counter says {last}, but there are records up to {ahead[-1]}; new records "
+                "would overwrite them.",
+            )
+        stored = self._ask(lambda door: door.command("GET", self._snapshot_key))
+        if stored is not None and self.load_snapshot() is None:
+            yield Finding(
+                "snapshot-unusable",
+                f"{self._address} {self._snapshot_key}",
+                "The snapshot is damaged or of another journal. It is ignored and replaced in "
+                "time; nothing is lost.",
+                "note",
+            )
 
     # --- the connection ----------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Source: docs/formats/tables.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
 import os
@@ -20,7 +20,8 @@ from sqlalchemy.pool import StaticPool
 
 from trialstore.clock import CLOCK, Clock
 from trialstore.errors import LogUnavailableError
-from trialstore.log import Batch, Cursor, Wanted
+from trialstore.findings import Finding
+from trialstore.log import START, Batch, Cursor, Overview, Wanted
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.cursor import read_cursor
 from trialstore.logs.relational.dialects import (
@@ -34,10 +35,11 @@ from trialstore.logs.relational.dialects import (
     record_time,
 )
 from trialstore.logs.relational.exchange import Exchange
+from trialstore.logs.relational.findings import findings_in_tables
 from trialstore.logs.relational.images import Decoder
 from trialstore.logs.relational.limits import check_values
-from trialstore.logs.relational.schema import Schema
-from trialstore.records import Operation
+from trialstore.logs.relational.schema import Schema, database_bytes
+from trialstore.records import Operation, PutTrial
 
 _logger = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -209,6 +211,48 @@ class TablesLog:
             time = record_time(start)
             found[study_id] = (states, min(filter(None, (first, time)), default=None))
         return found
+
+    # --- reading past everything that a storage expects ---
+
+    def page(self, study_id: int, above: int, count_max: int) -> list[PutTrial]:
+        """See ``Paged``."""
+        args = {"study_id": study_id, "above": above, "count": count_max}
+        rows = self._ask(self._dialect.step(s.ids_above, **args))[0]
+        if not rows:
+            return []
+        wanted = Wanted(trials=frozenset(row[0] for row in rows))
+        news = self.exchange((), START, wanted).news
+        return [image for image in news if isinstance(image, PutTrial)]
+
+    def overview(self, study_id: int, maximize: bool) -> Overview:
+        """See ``Paged``."""
+        best_id = self.best_trial_id(study_id, maximize)
+        first, last = self._ask(self._dialect.step(s.times, study_id=study_id))[0][0]
+        best = None
+        if best_id is not None:
+            news = self.exchange((), START, Wanted(trials=frozenset((best_id,)))).news
+            best = next((x for x in news if isinstance(x, PutTrial)), None)
+        return Overview(self.counts(study_id), best, record_time(first), record_time(last))
+
+    def facts(self) -> dict[str, Any]:
+        """See ``Described``."""
+        url = self.engine.url
+        version = self.get_current_version() if self.schema.is_there() else None
+        found: dict[str, Any] = {
+            "kind": f"tables in {self._dialect.name}",
+            "address": url.render_as_string(hide_password=True),
+            "schema_version": version,
+            "schema_version_expected": self.get_head_version(),
+            "size_bytes": database_bytes(self.engine),
+        }
+        if version is not None:
+            n, newest = self._ask(self._dialect.step(s.beats))[0][0]
+            found["heartbeats"] = {"n_trials": n, "newest_at": record_time(newest)}
+        return found
+
+    def findings(self, *, deep: bool) -> Iterator[Finding]:
+        """See ``Inspectable``."""
+        yield from findings_in_tables(self.engine, deep=deep)
 
     # --- schema versions ---
 
@@ -393,6 +437,21 @@ def _in_memory(url: sa.URL) -> bool:
         or "mode=memory" in f"{name}{url.query.get('mode', '')}"
         or (url.query.get("mode") == "memory")
     )
+
+
+def sqlite_path(url: str) -> str | None:
+    """The file that a URL names; None for a server, and for a database in memory.
+
+    Raises:
+        ValueError: It is no URL.
+    """
+    try:
+        made = sa.make_url(fill_template(url))
+    except sa.exc.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if made.get_backend_name() != "sqlite" or _in_memory(made):
+        return None
+    return (made.database or "").removeprefix("file:")
 
 
 def _wants_wal(url: sa.URL) -> bool:

@@ -202,6 +202,10 @@ class Schema:
 
     # --- versions ---
 
+    def is_there(self) -> bool:
+        """Whether there are tables that say their version."""
+        return sa.inspect(self._engine).has_table(t.alembic_version.name)
+
     def get_current_version(self) -> str:
         """The version of the tables as they are."""
         with self._engine.connect() as connection:
@@ -215,3 +219,16 @@ class Schema:
     def get_all_versions(self) -> list[str]:
         """All versions, newest first."""
         return list(reversed(VERSIONS))
+
+
+def database_bytes(engine: Engine) -> int | None:
+    """What the database takes on its disk; None where nobody tells."""
+    asked = {
+        "sqlite": "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size",
+        "postgresql": "SELECT pg_database_size(current_database())",
+        "mysql": "SELECT sum(data_length + index_length) FROM information_schema.tables "
+        "WHERE table_schema = database()",
+    }
+    with engine.connect() as connection:
+        size = connection.exec_driver_sql(asked[engine.url.get_backend_name()]).scalar()
+    return None if size is None else int(size)

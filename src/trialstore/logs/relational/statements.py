@@ -579,6 +579,13 @@ def trials_selected(d: Dialect, n: Selection) -> Any:
     return _union_all(*rows)
 
 
+def ids_above(d: Dialect) -> Any:
+    """The least ids of a study's trials above an id."""
+    c = t.trials.c
+    chosen = _select(c.trial_id).where(c.study_id == _p("study_id"), c.trial_id > _p("above"))
+    return chosen.order_by(c.trial_id).limit(_p("count")).offset(_ZERO)
+
+
 def watch(d: Dialect, held: int) -> Any:
     """Rows (id, state) of a study's unfinished trials above an id and of the held; greatest id.
 
@@ -659,6 +666,19 @@ def best_trial(d: Dialect, maximize: bool) -> Any:
         .limit(_ONE)
         .offset(_ZERO)
     )
+
+
+def times(d: Dialect) -> Any:
+    """The first start and the last completion in a study."""
+    c = t.trials.c
+    ends = (d.as_text(sa.func.min(c.datetime_start)), d.as_text(sa.func.max(c.datetime_complete)))
+    return _select(*ends).where(c.study_id == _p("study_id"))
+
+
+def beats(d: Dialect) -> Any:
+    """How many trials have ever beaten, and the newest beat."""
+    c = t.trial_heartbeats.c
+    return _select(sa.func.count(), d.as_text(sa.func.max(c.heartbeat)))
 
 
 def summaries(d: Dialect) -> Any:

@@ -1,0 +1,27 @@
+"""The list of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from trialstore.cli import check, delete_study, info
+
+_EPILOG = (
+    "Exit codes: 0 done, 1 something was found (check, stale, copy --verify), 2 wrong usage, "
+    "3 the store is not there or can't be reached, 4 it is damaged or of another version, "
+    "130 interrupted."
+)
+
+app = typer.Typer(
+    help="Look after stores of Optuna studies. URL is whatever trialstore.get_storage takes: "
+    "sqlite:///file.db, postgresql+psycopg://…, mysql+pymysql://…, redis://…, "
+    "journal:///path or a path, grpc://host:port.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.command("info")(info.info)
+app.command("check")(check.check)
+app.command("delete-study")(delete_study.delete_study)

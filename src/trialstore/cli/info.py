@@ -1,0 +1,47 @@
+"""``trialstore info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trialstore.cli.output import Exit, Json, Url, command, print_json, print_table, stdout
+from trialstore.cli.stores import existing_log
+from trialstore.describe import describe
+
+
+@command
+def info(url: Url, as_json: Json = False) -> Exit | None:
+    """Show what a store is and holds; reads only."""
+    with existing_log(url) as log:
+        description = describe(log)
+    if as_json:
+        print_json(description)
+        return None
+    for name, value in description.items():
+        if name != "studies" and value is not None:
+            stdout.print(f"{name.replace('_', ' ')}: {value}", markup=False)
+    _print_studies(description["studies"])
+    return None
+
+
+def _print_studies(studies: list[dict[str, Any]]) -> None:
+    columns = ("study", "directions", "trials", "states", "best value", "first", "last")
+    print_table(
+        columns,
+        (
+            (
+                study["name"],
+                ", ".join(study["directions"]).lower(),
+                str(study["n_trials"]),
+                ", ".join(f"{n} {state}" for state, n in study["states"].items()),
+                "" if study["best_value"] is None else str(study["best_value"]),
+                _seconds(study["first_start_at"]),
+                _seconds(study["last_complete_at"]),
+            )
+            for study in studies
+        ),
+    )
+
+
+def _seconds(time: str | None) -> str:
+    return "" if time is None else time[:19].replace("T", " ")

@@ -1,0 +1,85 @@
+"""A whole store, read once and handed on: no ``FrozenTrial`` is built, and nothing is kept.
+
+A log that is ``Paged`` is read in portions. Of any other one the trials of one study are held in
+a replica, about 1.2 KB each, because the operations on a trial may be anywhere in a journal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+from optuna.study import StudyDirection
+
+from trialstore.log import START, Cursor, Log, Overview, Paged, Wanted
+from trialstore.records import COMPLETE, PutStudy, PutTrial
+from trialstore.replica import Replica
+from trialstore.snapshot import apply_all
+
+_PAGE_TRIALS: Final = 1000
+_MAXIMIZE: Final = int(StudyDirection.MAXIMIZE)
+
+
+class Scan:
+    """The contents of a store, each part as of the moment when it is read.
+
+    Args:
+        log: Read only.
+
+    Raises:
+        As ``Log.exchange``.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._replica = Replica()
+        self._cursor: Cursor = START
+        self._catch_up(Wanted(catalogue=True))
+
+    def _catch_up(self, wanted: Wanted) -> None:
+        while True:
+            batch = self._log.exchange((), self._cursor, wanted)
+            apply_all(self._replica, batch.news)
+            self._cursor = batch.cursor
+            if not batch.more:
+                return
+
+    @property
+    def studies(self) -> list[PutStudy]:
+        """By id."""
+        return [self._replica.study_image(study_id) for study_id in self._replica.study_ids()]
+
+    def overview(self, study: PutStudy) -> Overview:
+        """What there is to say of a study in a line; of several objectives the first is meant."""
+        maximize = study.directions[:1] == [_MAXIMIZE]
+        if isinstance(self._log, Paged):
+            return self._log.overview(study.study_id, maximize)
+        counts: Counter[int] = Counter()
+        best: PutTrial | None = None
+        starts, ends = [], []
+        for image in self.trials(study.study_id):
+            counts[image.state] += 1
+            starts.append(image.datetime_start)
+            ends.append(image.datetime_complete)
+            if image.state == COMPLETE and (best is None or _is_better(image, best, maximize)):
+                best = image
+        first = min((text for text in starts if text), default=None)
+        return Overview(counts, best, first, max((text for text in ends if text), default=None))
+
+    def trials(self, study_id: int) -> Iterator[PutTrial]:
+        """The trials of a study, in order of id."""
+        if isinstance(self._log, Paged):
+            above = -1
+            while page := self._log.page(study_id, above, _PAGE_TRIALS):
+                yield from page
+                above = page[-1].trial_id
+            return
+        self._catch_up(Wanted(trials_of=frozenset((study_id,))))
+        yield from self._replica.trial_images(study_id)
+
+
+def _is_better(image: PutTrial, best: PutTrial, maximize: bool) -> bool:
+    assert image.values is not None and best.values is not None
+    value, known = image.values[0], best.values[0]
+    return value > known if maximize else value < known

@@ -1,0 +1,160 @@
+"""``check`` finds every damage, by its name and place, and nothing in healthy stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import shutil
+import sqlite3
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import optuna
+import pytest
+
+from damages import JOURNAL_DAMAGES, REDIS_DAMAGES, SQLITE_DAMAGES
+import stores
+from stores import KINDS, Cli, new_url
+import trialstore
+
+
+def _kinds(report: Any) -> set[str]:
+    return {finding["kind"] for finding in report["findings"]}
+
+
+def test_there_are_enough_damages() -> None:
+    assert len(JOURNAL_DAMAGES) + len(SQLITE_DAMAGES) + len(REDIS_DAMAGES) >= 30
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same studies in ``a.journal`` and ``a.db``."""
+    folder = tmp_path_factory.mktemp("filled")
+    for url in (f"{folder}/a.journal", f"sqlite:///{folder}/a.db"):
+        storage: Any = trialstore.get_storage(url)
+        stores.fill(storage)
+        storage.close()
+    return folder
+
+
+@pytest.mark.parametrize("name", JOURNAL_DAMAGES)
+def test_a_damaged_journal(name: str, filled: Path, tmp_path: Path, cli: Cli) -> None:
+    damage, kind = JOURNAL_DAMAGES[name]
+    path = tmp_path / "damaged.journal"
+    before = (filled / "a.journal").read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(damage(before)))
+    damaged = path.read_bytes()
+    report = cli.json("check", str(path), code=1)
+    assert kind in _kinds(report)
+    assert all(str(path) in finding["where"] for finding in report["findings"])
+    text = cli("check", str(path))
+    assert text.code == 1
+    assert kind in text.out
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("name", SQLITE_DAMAGES)
+def test_damaged_tables(name: str, filled: Path, tmp_path: Path, cli: Cli) -> None:
+    script, kind = SQLITE_DAMAGES[name]
+    path = tmp_path / "damaged.db"
+    shutil.copy(filled / "a.db", path)
+    connection = sqlite3.connect(path)
+    connection.executescript(script)
+    connection.close()
+    assert kind in _kinds(cli.json("check", f"sqlite:///{path}", code=1))
+
+
+def test_a_damaged_page_of_a_database(filled: Path, tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "damaged.db"
+    connection = sqlite3.connect(filled / "a.db")
+    name = "ix_trials_study_id"
+    page = connection.execute(f"SELECT rootpage FROM sqlite_master WHERE name = '{name}'")
+    at = (page.fetchone()[0] - 1) * connection.execute("PRAGMA page_size").fetchone()[0]
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    contents = bytearray((filled / "a.db").read_bytes())
+    contents[at + 8 : at + 12] = b"\xff\xff\xff\xff"
+    path.write_bytes(contents)
+    assert "file-damaged" in _kinds(cli.json("check", f"sqlite:///{path}", "--deep", code=1))
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("name", REDIS_DAMAGES)
+def test_a_damaged_journal_in_redis(name: str, tmp_path: Path, cli: Cli) -> None:
+    import redis
+
+    damage, kind = REDIS_DAMAGES[name]
+    url = new_url("redis", tmp_path)
+    stores.fill(trialstore.get_storage(url))
+    damage(redis.Redis.from_url(url.partition("?")[0]), parse_qs(urlsplit(url).query)["prefix"][0])
+    assert kind in _kinds(cli.json("check", url, code=1))
+
+
+def test_a_snapshot_of_another_journal(filled: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copy(filled / "a.journal", tmp_path)
+    (tmp_path / "a.journal.snapshot").write_bytes(b"\xfftrialstore-file-snapshot-1\n" + bytes(99))
+    report = cli.json("check", f"{tmp_path}/a.journal", code=1)
+    assert _kinds(report) == {"snapshot-unusable"}
+    assert report["findings"][0]["severity"] == "note"
+
+
+# --- healthy stores ------------------------------------------------------------------------------
+
+
+def _fill(storage: Any) -> None:
+    stores.fill(storage)
+
+
+def _empty(storage: Any) -> None:
+    pass
+
+
+def _after_deletions(storage: Any) -> None:
+    """Records of a worker that did not know yet are in a journal; ids have gaps."""
+    study = stores.fill(storage)
+    late = study.ask()
+    study_id = study._study_id
+    stores.fill(storage, "second")
+    storage.delete_study(study_id)
+    with pytest.raises(KeyError):
+        storage.set_trial_user_attr(late._trial_id, "too", "late")
+
+
+def _lost_races(storage: Any) -> None:
+    study = optuna.create_study(study_name="races", storage=storage)
+    trial = study.ask()
+    study.tell(trial, 1.0)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        storage.set_trial_user_attr(trial._trial_id, "too", "late")
+    with pytest.raises(optuna.exceptions.DuplicatedStudyError):
+        optuna.create_study(study_name="races", storage=storage)
+
+
+_HISTORIES = {"filled": _fill, "empty": _empty, "deleted": _after_deletions, "races": _lost_races}
+
+
+@pytest.mark.parametrize("history", _HISTORIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_healthy_store(kind: str, history: str, tmp_path: Path, cli: Cli) -> None:
+    url = new_url(kind, tmp_path)
+    storage: Any = trialstore.get_storage(url)
+    _HISTORIES[history](storage)
+    storage.close()
+    assert cli.json("check", url, "--deep")["findings"] == []
+
+
+def test_a_killed_writer_of_plain_optuna(tmp_path: Path, cli: Cli) -> None:
+    path = str(tmp_path / "plain.journal")
+    backend = optuna.storages.journal.JournalFileBackend(path)
+    plain = optuna.storages.JournalStorage(backend)
+    stores.fill(plain)
+    assert cli.json("check", path)["findings"] == []
+    with Path(path).open("ab") as file:
+        file.write(b'{"op_code": 8, "worker_id": "k')
+    backend.append_logs([{"op_code": 2, "worker_id": "w", "study_id": 0, "user_attr": {"a": 1}}])
+    assert _kinds(cli.json("check", path, code=1)) == {"glued-record"}
+
+
+def test_tables_of_plain_optuna(tmp_path: Path, cli: Cli) -> None:
+    url = f"sqlite:///{tmp_path}/plain.db"
+    stores.fill(optuna.storages.RDBStorage(url))
+    assert cli.json("check", url, "--deep")["findings"] == []
