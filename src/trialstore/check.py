@@ -17,9 +17,9 @@ import msgspec
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from trialstore import records as r
+from trialstore.contents import parse_distribution
 from trialstore.findings import Finding
 from trialstore.log import Entries, Inspectable, Log
-from trialstore.replica import parse_distribution
 from trialstore.salvage import Salvaged, read_entry
 from trialstore.scan import Scan
 
