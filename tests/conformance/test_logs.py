@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import os
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy as sa
 
 from backends import ListBackend
 from servers import new_database
@@ -87,11 +89,55 @@ class TestBackendLogOfOptunasFile(LogSuite):
         return lambda duration_s: age_beats(tmp_path / "journal.log.beats", duration_s)
 
 
-class TestTablesLogOnSQLite(LogSuite):
+class OnTables(LogSuite):
+    """Time passes for beats by what each database adds to a time."""
+
+    kind: str
+    earlier: str
     keeps_negative_zero = False
     keeps_every_key = False
 
     @pytest.fixture
-    def open_log(self, tmp_path: Path) -> OpenLog:
-        url = new_database("sqlite", tmp_path)
+    def url(self, tmp_path: Path) -> str:
+        return new_database(self.kind, tmp_path)
+
+    @pytest.fixture
+    def open_log(self, url: str) -> OpenLog:
         return lambda: TablesLog(url)
+
+    @pytest.fixture
+    def age_leases(self, url: str) -> Iterator[AgeLeases]:
+        engine = sa.create_engine(url)
+
+        def age(duration_s: float) -> None:
+            with engine.begin() as connection:
+                statement = f"UPDATE trial_heartbeats SET heartbeat = {self.earlier}"
+                connection.execute(sa.text(statement), {"s": int(duration_s)})
+
+        yield age
+        engine.dispose()
+
+
+class TestTablesLogOnSQLite(OnTables):
+    kind = "sqlite"
+    earlier = "datetime(heartbeat, '-' || :s || ' seconds')"
+
+
+@pytest.mark.servers
+class TestTablesLogOnPsycopg(OnTables):
+    kind = "psycopg"
+    earlier = "heartbeat - make_interval(secs => :s)"
+    keeps_every_text = False
+
+
+@pytest.mark.servers
+class TestTablesLogOnPsycopg2(TestTablesLogOnPsycopg):
+    kind = "psycopg2"
+
+
+@pytest.mark.servers
+class TestTablesLogOnMariaDB(OnTables):
+    kind = "pymysql"
+    earlier = "heartbeat - INTERVAL :s SECOND"
+    keeps_every_text = False
+    attribute_bytes_max = 65_535

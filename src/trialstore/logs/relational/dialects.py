@@ -104,6 +104,8 @@ class Dialect:
     commit = plain("COMMIT")
     integer_max = 2**31 - 1
     nul_in_text = True
+    whole_seconds = False
+    """Whether a heartbeat is kept in whole seconds, rounded down."""
     session_type: type[Session] = Session
 
     def __init__(self, engine: Engine) -> None:
@@ -181,6 +183,14 @@ class Dialect:
 
     def aggregate(self, column: Any) -> Any:
         return sa.func.string_agg(column, sa.literal_column("','"))
+
+    def beat_time(self) -> Any:
+        """The time as Optuna's workers write it as a heartbeat, in the session's time zone."""
+        return sa.func.current_timestamp()
+
+    def since_beat_s(self, column: Any) -> Any:
+        """Seconds from a heartbeat to now; whole ones where the column holds such."""
+        raise NotImplementedError
 
     def or_ignore(self, table: sa.Table, values: dict[str, Any], unique: Any) -> Any:
         raise NotImplementedError
@@ -276,6 +286,13 @@ class SQLite(Dialect):
     begin_write = plain("BEGIN IMMEDIATE")
     begin_read = plain("BEGIN")
     integer_max = 2**63 - 1
+    whole_seconds = True
+
+    def since_beat_s(self, column: Any) -> Any:
+        # Beats are UTC, whatever the zone of the machine.
+        seconds: Any = sa.literal_column("'%s'")
+        now = sa.cast(sa.func.strftime(seconds, sa.literal_column("'now'")), sa.Integer)
+        return now - sa.cast(sa.func.strftime(seconds, column), sa.Integer)
 
     def as_text(self, column: Any) -> Any:
         # Columns hold text, and CAST(… AS TEXT) costs time for each row.
@@ -356,6 +373,13 @@ class PostgreSQL(Dialect):
 
     def as_float(self, column: Any) -> Any:
         return sa.cast(column, sa.Float(53))
+
+    def beat_time(self) -> Any:
+        # Not the time at which the transaction began: it may have waited for a lock since.
+        return sa.cast(sa.func.clock_timestamp(), sa.DateTime)
+
+    def since_beat_s(self, column: Any) -> Any:
+        return sa.extract("epoch", self.beat_time() - column)
 
     def divide(self, value: Any, by: Any) -> Any:
         return sa.cast(value, sa.BigInteger).op("/")(by)
@@ -484,6 +508,10 @@ class MySQL(Dialect):
     name = "mysql"
     begin_write = plain("START TRANSACTION")
     session_type = MultiStatementSession
+    whole_seconds = True
+
+    def since_beat_s(self, column: Any) -> Any:
+        return sa.func.timestampdiff(sa.text("SECOND"), column, self.beat_time())
 
     def as_text(self, column: Any) -> Any:
         return sa.cast(column, sa.CHAR)

@@ -213,7 +213,7 @@ class Exchange:
             args["known"] = self._known(r.DeleteStudy(worker_id="", study_id=touched.numbered[0]))
         steps.append(_facts_step(d, s.mark, touched, args, bool(touched.numbered)))
         for record in self.records:
-            steps += writes(d, record, self._known(record))
+            steps += writes(d, record, self._known(record), log.leased)
         steps.append(d.commit)
         steps.append(d.step(s.read_mark, session=log._session_id))
         n_before = len(steps)
@@ -323,7 +323,7 @@ class Exchange:
         """Write an accepted operation whose locks are held."""
         d = self.dialect
         known = self._known(record)
-        steps = writes(d, record, known)
+        steps = writes(d, record, known, self.log.leased)
         if isinstance(record, r.CreateTrial):
             steps.append(d.step(s.newest_trial, study_id=record.study_id, known=known))
             trial_id, _ = session.run(steps)[-1][0]

@@ -5,9 +5,10 @@ Source: docs/formats/tables.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import logging
+import math
 import os
 from pathlib import Path
 import random
@@ -100,6 +101,8 @@ class TablesLog:
         self.retry_deadline_s = retry_deadline_s
         self.durable_commits = 0
         """How many transactions were committed with a sync; for tests and ``info``."""
+        self.leased: set[str] = set()
+        """Owners whose trials are covered by a lease."""
         self._clock = clock
         self._open()
 
@@ -254,6 +257,55 @@ class TablesLog:
         """See ``Inspectable``."""
         yield from findings_in_tables(self.engine, deep=deep)
 
+    # --- leases: Optuna's heartbeats, a row per trial ---
+
+    def take_lease(self, owner: str) -> None:
+        """See ``LeaseStore``; the first beat of a trial is written with it."""
+        self.leased.add(owner)
+
+    def renew_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``."""
+        self._beat([s.beat, s.missing_beat], trial_ids)
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``."""
+        self.leased.discard(owner)
+        self._beat([s.forget_beats], trial_ids)
+
+    def expired(
+        self, study_id: int, running: Mapping[int, str], grace_period_s: float
+    ) -> Sequence[int]:
+        """See ``LeaseStore``. Beats of Optuna's workers count as well."""
+        # Of two times that were rounded down to whole seconds the difference may be almost one
+        # too large, which a whole grace period that has to be exceeded makes up for.
+        grace_s = math.ceil(grace_period_s) if self._dialect.whole_seconds else grace_period_s
+        steps = []
+        for ids in _chunks(sorted(running)):
+            args: dict[str, Any] = {"study_id": study_id, "grace_s": grace_s}
+            n = s.pad("id", ids, args)
+            steps.append(self._dialect.step(s.expired, n, **args))
+        if not steps:
+            return []
+        return [row[0] for rows in self._ask(*steps) for row in rows]
+
+    def _beat(self, statements: Sequence[Any], trial_ids: Sequence[int]) -> None:
+        """Statements on the beats of trials, in one message."""
+        d = self._dialect
+        steps = []
+        for ids in _chunks(sorted(trial_ids)):
+            args: dict[str, Any] = {}
+            n = s.pad("id", ids, args)
+            steps += [d.step(statement, n, **args) for statement in statements]
+        if not steps:
+            return
+
+        def run() -> None:
+            session = self._connected()
+            self._be_durable(session, False)
+            session.run([d.begin_write, *steps, d.commit])
+
+        self._persistently(run)
+
     # --- schema versions ---
 
     def get_current_version(self) -> str:
@@ -407,6 +459,10 @@ class TablesLog:
         if self._synchronous != level:
             session.raw.execute(f"PRAGMA synchronous={level}")
             self._synchronous = level
+
+
+def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
+    return [ids[i : i + s.IDS_MAX] for i in range(0, len(ids), s.IDS_MAX)]
 
 
 # --- connections ---------------------------------------------------------------------------------

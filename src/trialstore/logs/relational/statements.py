@@ -341,6 +341,59 @@ def requeue_trial(d: Dialect) -> Any:
     )
 
 
+# --- leases --------------------------------------------------------------------------------------
+
+
+def first_beat(d: Dialect, of: str) -> Any:
+    """Of the newest trial of a study, or of one that is still WAITING and about to be claimed."""
+    source = _owner([d.beat_time()], of, ("WAITING",))
+    return d.upsert(t.trial_heartbeats, ["trial_id", "heartbeat"], source, 1)
+
+
+def beat(d: Dialect, n: int) -> Any:
+    """Renew what there is. Not by inserting anew: each try would use up a row id."""
+    c, h = t.trials.c, t.trial_heartbeats.c
+    running = sa.exists().where(c.trial_id == h.trial_id, c.state == _RUNNING)
+    return (
+        _update(t.trial_heartbeats)
+        .where(h.trial_id.in_(_params("id", n)), running)
+        .values(heartbeat=d.beat_time())
+    )
+
+
+def missing_beat(d: Dialect, n: int) -> Any:
+    """A beat for those RUNNING trials that have none."""
+    c, h = t.trials.c, t.trial_heartbeats.c
+    source = _select(c.trial_id, d.beat_time()).where(
+        c.trial_id.in_(_params("id", n)),
+        c.state == _RUNNING,
+        ~sa.exists().where(h.trial_id == c.trial_id),
+    )
+    return d.upsert(t.trial_heartbeats, ["trial_id", "heartbeat"], source, 1)
+
+
+def forget_beats(d: Dialect, n: int) -> Any:
+    return _delete(t.trial_heartbeats).where(t.trial_heartbeats.c.trial_id.in_(_params("id", n)))
+
+
+def expired(d: Dialect, n: int) -> Any:
+    """Those RUNNING trials of a study whose last beat is longer ago than the grace period."""
+    c, h = t.trials.c, t.trial_heartbeats.c
+    return (
+        _select(c.trial_id)
+        .select_from(t.trials.join(t.trial_heartbeats, h.trial_id == c.trial_id))
+        .where(
+            c.trial_id.in_(_params("id", n)),
+            c.study_id == _p("study_id"),
+            c.state == _RUNNING,
+            d.since_beat_s(h.heartbeat) > d.float_arg(_p("grace_s")),
+        )
+    )
+
+
+# --- deletions -----------------------------------------------------------------------------------
+
+
 def delete_children(d: Dialect, table: sa.Table) -> Any:
     """Rows that belong to the trials of a study."""
     theirs = _select(t.trials.c.trial_id).where(t.trials.c.study_id == _p("study_id"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 import json
 import math
 from typing import Any
@@ -26,11 +26,12 @@ def _dumps(value: Any) -> str:
     return json.dumps(value)
 
 
-def writes(d: Dialect, record: Operation, known: int) -> list[Step]:
+def writes(d: Dialect, record: Operation, known: int, leased: Container[str]) -> list[Step]:
     """The conditional statements that carry out an operation.
 
     Args:
         known: An id that the newest trial of the operation's study is not below.
+        leased: Owners whose trials get their first beat with their creation or claim.
     """
     if isinstance(record, r.SetTrialParam):
         return [
@@ -62,9 +63,10 @@ def writes(d: Dialect, record: Operation, known: int) -> list[Step]:
             for key, value in attrs.items()
         ]
     if isinstance(record, r.SetTrialStateValues):
-        return _state_writes(d, record)
+        return _state_writes(d, record, record.worker_id in leased)
     if isinstance(record, r.CreateTrial):
-        return _create_trial_writes(d, record, known)
+        beats = record.state == r.RUNNING and record.worker_id in leased
+        return _create_trial_writes(d, record, known, beats)
     if isinstance(record, r.SetStudyUserAttr | r.SetStudySystemAttr):
         is_user = isinstance(record, r.SetStudyUserAttr)
         of_study = s.set_study_user_attr if is_user else s.set_study_system_attr
@@ -92,7 +94,7 @@ def writes(d: Dialect, record: Operation, known: int) -> list[Step]:
     return []
 
 
-def _state_writes(d: Dialect, record: r.SetTrialStateValues) -> list[Step]:
+def _state_writes(d: Dialect, record: r.SetTrialStateValues, beats: bool) -> list[Step]:
     claims = record.state == r.RUNNING
     steps = []
     for objective, one in enumerate(record.values or ()):
@@ -108,10 +110,14 @@ def _state_writes(d: Dialect, record: r.SetTrialStateValues) -> list[Step]:
             )
         )
     if claims:
+        if beats:
+            steps.append(d.step(s.first_beat, "claim", trial_id=record.trial_id))
         start = d.time_value(record.datetime_start)
         steps.append(d.step(s.claim_trial, trial_id=record.trial_id, start=start))
     elif record.state == r.WAITING:
         steps.append(d.step(s.requeue_trial, trial_id=record.trial_id))
+        # Whoever claims it next may not beat, and would be taken for dead.
+        steps.append(d.step(s.forget_beats, 1, id_0=record.trial_id))
     else:
         steps.append(
             d.step(
@@ -124,7 +130,7 @@ def _state_writes(d: Dialect, record: r.SetTrialStateValues) -> list[Step]:
     return steps
 
 
-def _create_trial_writes(d: Dialect, record: r.CreateTrial, known: int) -> list[Step]:
+def _create_trial_writes(d: Dialect, record: r.CreateTrial, known: int, beats: bool) -> list[Step]:
     of = {"study_id": record.study_id, "known": known}
     steps = [
         d.step(
@@ -135,6 +141,8 @@ def _create_trial_writes(d: Dialect, record: r.CreateTrial, known: int) -> list[
             complete=d.time_value(record.datetime_complete),
         )
     ]
+    if beats:
+        steps.append(d.step(s.first_beat, "newest", **of))
     for name, one in record.params.items():
         distribution = record.distributions[name]
         steps.append(

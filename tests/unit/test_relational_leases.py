@@ -1,0 +1,160 @@
+"""Leases in tables are Optuna's heartbeats: both see each other's dead, and they cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+import time
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+
+from servers import new_database
+from trialstore import records as r
+from trialstore.logs.relational import TablesLog
+from trialstore.testing.faults import CountingProxy
+from trialstore.testing.follower import Follower
+
+DRIVERS = [
+    pytest.param(kind, marks=pytest.mark.servers) for kind in ("psycopg", "psycopg2", "pymysql")
+]
+_EARLIER = {
+    "sqlite": "datetime(heartbeat, '-100 seconds')",
+    "psycopg": "heartbeat - interval '100 seconds'",
+    "psycopg2": "heartbeat - interval '100 seconds'",
+    "pymysql": "heartbeat - INTERVAL 100 SECOND",
+}
+_ZONE = {
+    "psycopg": {"options": "-c timezone=Asia/Kolkata"},
+    "psycopg2": {"options": "-c timezone=Asia/Kolkata"},
+    "pymysql": {"init_command": "SET time_zone = '+05:30'"},
+}
+
+
+@pytest.fixture
+def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process is in a zone that is neither UTC nor the database's."""
+    monkeypatch.setenv("TZ", "America/St_Johns")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def _age(url: str, kind: str) -> Callable[[], None]:
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+
+    def age() -> None:
+        with engine.begin() as connection:
+            connection.execute(
+                sa.text(f"UPDATE trial_heartbeats SET heartbeat = {_EARLIER[kind]}")
+            )
+
+    return age
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("zone", ["database's default", "half an hour off"])
+@pytest.mark.parametrize("kind", ["sqlite", *DRIVERS])
+def test_optuna_and_we_see_each_others_dead(
+    kind: str, zone: str, tmp_path: Path, far_from_utc: None
+) -> None:
+    url = new_database(kind, tmp_path)
+    options: dict[str, Any] = {}
+    if zone == "half an hour off" and kind in _ZONE:
+        options = {"connect_args": _ZONE[kind]}
+    age = _age(url, kind)
+    theirs = optuna.storages.RDBStorage(url, options, heartbeat_interval=30, grace_period=60)
+    ours = Follower(TablesLog(url, options), "ours")
+    study_id = ours.create_study("s")
+    ours.log.take_lease("ours")
+
+    def seen_by_us() -> list[int]:
+        return ours.log.expired(study_id, dict.fromkeys([mine, other], ""), 60.0)
+
+    mine = ours.create_trial(study_id)
+    other = theirs.create_new_trial(study_id)
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == []
+    theirs.record_heartbeat(other)  # inserts
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == []
+    age()
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == [mine, other]
+    theirs.record_heartbeat(other)  # updates
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == [mine]
+    age()
+    ours.log.renew_lease("ours", [mine])
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == [other]
+    # Either may beat for a trial of the other.
+    theirs.record_heartbeat(mine)
+    ours.log.renew_lease("ours", [other])
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == []
+    age()
+    theirs.set_trial_state_values(mine, optuna.trial.TrialState.FAIL)
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == [other]
+    ours.log.withdraw_lease("ours", [other])
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == []
+    theirs.record_heartbeat(other)
+    age()
+    assert theirs._get_stale_trial_ids(study_id) == seen_by_us() == [other]
+    theirs.engine.dispose()
+    ours.log.close()
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_leases_cost_no_message_more(kind: str, tmp_path: Path) -> None:
+    address = sa.make_url(new_database(kind, tmp_path))
+    with CountingProxy("127.0.0.1", address.port or 0) as proxy:
+        url = address.set(port=proxy.port).render_as_string(hide_password=False)
+        log = TablesLog(url)
+        ours = Follower(log, "ours")
+        study_id = ours.create_study("s")
+        ids: list[int] = []
+
+        def trips(call: Callable[[], Any]) -> int:
+            before = proxy.n_round_trips
+            call()
+            return proxy.n_round_trips - before
+
+        def start() -> None:
+            ids.append(ours.create_trial(study_id))
+
+        def claim() -> None:
+            ours.exchange(ours.state(ids[-1], r.RUNNING))
+
+        def requeue() -> None:
+            ours.exchange(ours.state(ids[-1], r.WAITING))
+
+        plain = [trips(call) for call in (start, requeue, claim)]
+        log.take_lease("ours")
+        leased = [trips(call) for call in (start, requeue, claim)]
+        assert leased == plain == [1, 1, 1]
+        while len(ids) < 200:
+            ours.exchange(
+                *(r.CreateTrial(study_id=study_id, datetime_start=None, **ours.mark())
+                  for _ in range(66))
+            )  # fmt: skip
+            ids = [trial._trial_id for trial in ours.trials(study_id)]
+        assert trips(lambda: log.renew_lease("ours", ids)) == 1
+        running = dict.fromkeys(ids, "")
+        assert trips(lambda: log.expired(study_id, running, 60.0)) == 1
+        assert trips(lambda: log.withdraw_lease("ours", ids)) == 1
+        log.close()
+
+
+@pytest.mark.servers
+def test_a_beat_uses_up_no_row_ids(tmp_path: Path) -> None:
+    """An INSERT that finds its row there takes a number from the sequence all the same."""
+    url = new_database("psycopg", tmp_path)
+    log = TablesLog(url)
+    ours = Follower(log, "ours")
+    study_id = ours.create_study("s")
+    log.take_lease("ours")
+    ids = [ours.create_trial(study_id) for _ in range(3)]
+    for _ in range(5):
+        log.renew_lease("ours", ids)
+    with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection:
+        sequence = sa.text("SELECT last_value FROM trial_heartbeats_trial_heartbeat_id_seq")
+        assert connection.execute(sequence).scalar() == 3
+    log.close()
