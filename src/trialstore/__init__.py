@@ -17,6 +17,11 @@ from optuna.storages import BaseStorage
 
 if TYPE_CHECKING:
     from trialstore import journal as journal
+    from trialstore.callbacks import (
+        RetryFailedTrialCallback,
+        RetryHeartbeatStaleTrialCallback,
+        fail_stale_trials,
+    )
     from trialstore.deprecated import (
         BaseJournalLogStorage,
         JournalFileOpenLock,
@@ -42,6 +47,9 @@ _HOMES = {
     "JournalRedisStorage": "deprecated",
     "JournalStorage": "journal",
     "RDBStorage": "rdb",
+    "RetryFailedTrialCallback": "callbacks",
+    "RetryHeartbeatStaleTrialCallback": "callbacks",
+    "fail_stale_trials": "callbacks",
     "get_storage": "urls",
     "run_grpc_proxy_server": "grpc",
 }
@@ -57,6 +65,9 @@ __all__ = [
     "JournalRedisStorage",
     "JournalStorage",
     "RDBStorage",
+    "RetryFailedTrialCallback",
+    "RetryHeartbeatStaleTrialCallback",
+    "fail_stale_trials",
     "get_storage",
     "journal",
     "run_grpc_proxy_server",

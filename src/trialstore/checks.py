@@ -156,6 +156,13 @@ def objective_values(values: Sequence[float] | None, n_objectives: int) -> list[
     return floats
 
 
+def duration(value: Any, what: str) -> None:
+    """Seconds, or None. Raises ValueError for anything but a positive number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < math.inf):
+        raise ValueError(f"{what} must be None or a positive number of seconds, not {value!r}.")
+
+
 def step(value: Any) -> int:
     """Raises TypeError for what is no integer."""
     try:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from optuna.trial import FrozenTrial
 
+from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
 from trialstore.log import Wanted
 from trialstore.logs.memory import MemoryLog
@@ -22,10 +23,37 @@ class InMemoryStorage(Storage):
 
     Attributes and categorical choices may be any objects. For one process; ``JournalStorage`` on
     a file serves several.
+
+    Args:
+        heartbeat_interval: Seconds between two beats for the trials that this storage runs; None
+            is without heartbeat. A process that dies takes its trials along; this is for
+            threads that share the code of other storages.
+        grace_period: Seconds without a beat after which a trial is failed; None is twice the
+            interval.
+        heartbeat_stale_trial_callback: What is done about a failed trial, such as
+            ``RetryHeartbeatStaleTrialCallback``.
+        failed_trial_callback: The name of that until Optuna 4.9.
     """
 
-    def __init__(self, *, clock: Clock = CLOCK) -> None:
-        super().__init__(MemoryLog(clock=clock), linger_s=0.0, alone=True, clock=clock)
+    def __init__(
+        self,
+        *,
+        heartbeat_interval: int | None = None,
+        grace_period: int | None = None,
+        heartbeat_stale_trial_callback: StaleTrialCallback | None = None,
+        failed_trial_callback: StaleTrialCallback | None = None,
+        clock: Clock = CLOCK,
+    ) -> None:
+        super().__init__(
+            MemoryLog(clock=clock),
+            linger_s=0.0,
+            alone=True,
+            heartbeat_interval=heartbeat_interval,
+            grace_period=grace_period,
+            heartbeat_stale_trial_callback=heartbeat_stale_trial_callback,
+            failed_trial_callback=failed_trial_callback,
+            clock=clock,
+        )
 
     # Nobody else writes, so a record is judged by applying it, and what the replica says is new.
 

@@ -13,6 +13,7 @@ from optuna.storages.journal._base import BaseJournalSnapshot
 from optuna.storages.journal._file import BaseJournalFileLock
 
 from trialstore import snapshot as snapshots
+from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
 from trialstore.log import Log, Wanted
 from trialstore.logs.backend import BackendLog
@@ -65,6 +66,13 @@ class JournalStorage(Storage):
     Args:
         log_storage: A ``JournalFileBackend``, a ``JournalRedisBackend``, or any
             ``BaseJournalBackend`` of your own.
+        heartbeat_interval: Seconds between two beats for the trials that this storage runs; None
+            is without heartbeat. docs/heartbeats.md has this and the next three.
+        grace_period: Seconds without a beat after which a trial is failed; None is twice the
+            interval.
+        heartbeat_stale_trial_callback: What is done about a failed trial, such as
+            ``RetryHeartbeatStaleTrialCallback``.
+        failed_trial_callback: The name of that until Optuna 4.9.
         linger_s: For how long a write on a running trial may wait for an exchange to ride along
             with; 0 writes everything through.
         max_staleness_s: How old an answer may be; 0 means never older than the call.
@@ -78,6 +86,10 @@ class JournalStorage(Storage):
         self,
         log_storage: BaseJournalBackend,
         *,
+        heartbeat_interval: int | None = None,
+        grace_period: int | None = None,
+        heartbeat_stale_trial_callback: StaleTrialCallback | None = None,
+        failed_trial_callback: StaleTrialCallback | None = None,
         linger_s: float = 0.02,
         max_staleness_s: float = 0.0,
         clock: Clock = CLOCK,
@@ -91,7 +103,16 @@ class JournalStorage(Storage):
                 "log_storage must be a JournalFileBackend or another BaseJournalBackend, not "
                 f"{type(log_storage).__name__}."
             )
-        super().__init__(log, linger_s=linger_s, max_staleness_s=max_staleness_s, clock=clock)
+        super().__init__(
+            log,
+            heartbeat_interval=heartbeat_interval,
+            grace_period=grace_period,
+            heartbeat_stale_trial_callback=heartbeat_stale_trial_callback,
+            failed_trial_callback=failed_trial_callback,
+            linger_s=linger_s,
+            max_staleness_s=max_staleness_s,
+            clock=clock,
+        )
         # A damaged or unreachable journal is told of here, not in the middle of a study.
         self._exchanger.run((), Wanted(catalogue=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
 from trialstore.log import Wanted
 from trialstore.logs.relational.log import TablesLog
@@ -17,6 +18,13 @@ class RDBStorage(Storage):
         url: SQLAlchemy's URL of the database; the literal ``{SCHEMA_VERSION}`` in it is replaced.
         engine_kwargs: Passed to ``sqlalchemy.create_engine``.
         skip_compatibility_check: Use tables of another schema version as they are.
+        heartbeat_interval: Seconds between two beats for the trials that this storage runs; None
+            is without heartbeat. docs/heartbeats.md has this and the next three.
+        grace_period: Seconds without a beat after which a trial is failed; None is twice the
+            interval.
+        heartbeat_stale_trial_callback: What is done about a failed trial, such as
+            ``RetryHeartbeatStaleTrialCallback``.
+        failed_trial_callback: The name of that until Optuna 4.9.
         skip_table_creation: Expect the tables to be there.
         linger_s: For how long a write on a running trial may wait for an exchange to ride along
             with; 0 writes everything through.
@@ -35,6 +43,10 @@ class RDBStorage(Storage):
         engine_kwargs: dict[str, Any] | None = None,
         skip_compatibility_check: bool = False,
         *,
+        heartbeat_interval: int | None = None,
+        grace_period: int | None = None,
+        heartbeat_stale_trial_callback: StaleTrialCallback | None = None,
+        failed_trial_callback: StaleTrialCallback | None = None,
         skip_table_creation: bool = False,
         linger_s: float = 0.02,
         max_staleness_s: float = 0.0,
@@ -48,6 +60,15 @@ class RDBStorage(Storage):
             skip_table_creation=skip_table_creation,
             durability=durability,
         )
-        super().__init__(log, linger_s=linger_s, max_staleness_s=max_staleness_s, clock=clock)
+        super().__init__(
+            log,
+            heartbeat_interval=heartbeat_interval,
+            grace_period=grace_period,
+            heartbeat_stale_trial_callback=heartbeat_stale_trial_callback,
+            failed_trial_callback=failed_trial_callback,
+            linger_s=linger_s,
+            max_staleness_s=max_staleness_s,
+            clock=clock,
+        )
         # An unreachable or incompatible database is told of here, not in the middle of a study.
         self._exchanger.run((), Wanted(catalogue=True))

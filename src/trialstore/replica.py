@@ -577,6 +577,21 @@ class Replica:
             raise ValueError(f"Study {study.name!r} has no COMPLETE trial yet.")
         return self.finished_trial(study.best_id)
 
+    def running(self, study_id: int) -> dict[int, str]:
+        """RUNNING trials of a study, and the owner of each."""
+        unfinished = self._study(study_id).unfinished
+        return {trial.id: trial.owner for trial in unfinished.values() if trial.state == r.RUNNING}
+
+    def system_attrs_after(self, study_id: int, number: int) -> Iterator[dict[str, Any]]:
+        """System attributes of the trials that were created after one, the latest first."""
+        study = self._study(study_id)
+        if not study.in_order:
+            self._put_in_order(study)
+        for slot in reversed(study.slots):
+            if slot.number <= number:
+                return
+            yield slot.system_attrs
+
     def owner(self, trial_id: int) -> str:
         """``worker_id`` of who created or claimed a RUNNING trial; empty if that is not known."""
         trial = self._unfinished.get(trial_id)

@@ -17,25 +17,30 @@ This class asks its log for capabilities (``log.py``), never which log it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+import contextlib
 import copy
 import functools
 import logging
 import math
 from typing import Any, TypeVar
 import uuid
+import warnings
 
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from trialstore import checks, records as r
+from trialstore import checks, records as r, stale
+from trialstore.callbacks import StaleTrialCallback, as_retry
 from trialstore.clock import CLOCK, Clock
 from trialstore.contents import parse_distribution
 from trialstore.exchange import Alone, Exchanger
-from trialstore.log import NOTHING, Limited, Log, Wanted
+from trialstore.heartbeat import Heartbeat
+from trialstore.log import NOTHING, LeaseStore, Limited, Log, Wanted
 from trialstore.records import ACCEPTED, Outcome, Verdict
 from trialstore.replica import Replica
 
@@ -46,9 +51,10 @@ _T = TypeVar("_T")
 _STUDY_NAME_PREFIX = "no-name-"
 _WAITING_ONLY = (TrialState.WAITING,)
 _FRESH_MAX = 4096
+_NOT_COVERED = contextlib.nullcontext()
 
 
-class Storage(BaseStorage):
+class Storage(BaseStorage, BaseHeartbeat):
     """A storage for ``optuna.create_study(storage=...)`` over any log.
 
     Args:
@@ -58,7 +64,16 @@ class Storage(BaseStorage):
         max_staleness_s: How old an answer may be; 0 means never older than the call.
         alone: Nothing leaves this process: the log gets no records, and attributes and
             categorical choices may be any objects and are not copied.
+        heartbeat_interval: Seconds between two beats for the trials that this storage runs; None
+            is without heartbeat. May be set later, as the next two.
+        grace_period: Seconds without a beat after which a trial is failed; None is twice the
+            interval.
+        heartbeat_stale_trial_callback: What is to be done about a failed trial.
+        failed_trial_callback: The name of that until Optuna 4.9.
         clock: Time, for tests to replace.
+
+    Raises:
+        ValueError: An argument is out of range, or the log can't keep leases.
     """
 
     def __init__(
@@ -68,6 +83,10 @@ class Storage(BaseStorage):
         linger_s: float = 0.02,
         max_staleness_s: float = 0.0,
         alone: bool = False,
+        heartbeat_interval: int | None = None,
+        grace_period: int | None = None,
+        heartbeat_stale_trial_callback: StaleTrialCallback | None = None,
+        failed_trial_callback: StaleTrialCallback | None = None,
         clock: Clock = CLOCK,
     ) -> None:
         if not (0 <= linger_s < math.inf and max_staleness_s >= 0):
@@ -80,6 +99,22 @@ class Storage(BaseStorage):
         self._is_alone = alone
         self._clock = clock
         self._open(log)
+        self.heartbeat_interval = heartbeat_interval
+        self.grace_period = grace_period
+        if failed_trial_callback is not None:
+            if heartbeat_stale_trial_callback is not None:
+                raise ValueError(
+                    "heartbeat_stale_trial_callback and failed_trial_callback are two names of "
+                    "one thing; give one."
+                )
+            warnings.warn(
+                "failed_trial_callback is called heartbeat_stale_trial_callback since Optuna 4.9.",
+                FutureWarning,
+                stacklevel=3,
+            )
+        self.heartbeat_stale_trial_callback = (
+            heartbeat_stale_trial_callback or failed_trial_callback
+        )
 
     def _open(self, log: Log) -> None:
         self._exchanger = (
@@ -93,11 +128,14 @@ class Storage(BaseStorage):
         self._fresh: dict[int, int] = {}  # to the number of exchanges made then
         self._read_at_s: dict[Wanted, float] = {}
         self._limits = log if isinstance(log, Limited) else None
+        self._heartbeat = Heartbeat(
+            self._exchanger, self.get_heartbeat_interval, self._owned_running, self._clock
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
         state = self.__dict__.copy()
-        for name in ("_exchanger", "_owned", "_fresh", "_read_at_s", "_limits"):
+        for name in ("_exchanger", "_owned", "_fresh", "_read_at_s", "_limits", "_heartbeat"):
             del state[name]
         state["log"] = self._exchanger.log
         return state
@@ -134,11 +172,14 @@ class Storage(BaseStorage):
         self.flush()
 
     def close(self) -> None:
-        """``flush``, then release connections and files; a later call opens them again."""
-        try:
+        """``flush``, stop beating, and release connections and files; a later call opens them.
+
+        Trials that are left RUNNING are then not held for those of a dead worker.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._exchanger.log.close)
+            stack.callback(self._heartbeat.withdraw)
             self.flush()
-        finally:
-            self._exchanger.log.close()
 
     # --- the four ways to the log ----------------------------------------------------------------
 
@@ -239,6 +280,13 @@ class Storage(BaseStorage):
         with self._exchanger.mutex:
             self._owned[trial_id] = self._exchanger.worker_id
             self._fresh[trial_id] = self._exchanger.n_exchanges
+
+    def _owned_running(self) -> list[int]:
+        """Trials that this storage runs, as far as it knows; the mutex is held."""
+        replica = self._replica
+        for trial_id in [id_ for id_ in self._owned if replica.is_finished(id_)]:
+            del self._owned[trial_id]  # told elsewhere
+        return [trial_id for trial_id in self._owned if self._owns(trial_id)]
 
     def _refusal(self, record: Any, outcome: Outcome) -> Exception:
         """The error that Optuna's callers expect for a verdict."""
@@ -380,20 +428,27 @@ class Storage(BaseStorage):
         if template_trial is None:
             fields = {"datetime_start": r.now_text()}
         else:
-            fields = checks.template_fields(
-                template_trial,
-                len(self.get_study_directions(study_id)),
-                self._attribute_value,
-                self._distribution_text,
-                r.format_time,
-            )
+            n_objectives = len(self.get_study_directions(study_id))
+            fields = self._template_fields(template_trial, n_objectives)
         record = r.CreateTrial(study_id=study_id, **fields, **self._exchanger.marks())
-        outcome = self._write(record)
-        if outcome.verdict is not Verdict.ACCEPTED:
-            raise self._refusal(record, outcome)
-        if record.state == r.RUNNING:
-            self._own(outcome.id)
+        with self._covered(record.state):
+            outcome = self._write(record)
+            if outcome.verdict is not Verdict.ACCEPTED:
+                raise self._refusal(record, outcome)
+            if record.state == r.RUNNING:
+                self._own(outcome.id)
         return outcome.id
+
+    def _template_fields(self, template: FrozenTrial, n_objectives: int) -> dict[str, Any]:
+        return checks.template_fields(
+            template, n_objectives, self._attribute_value, self._distribution_text, r.format_time
+        )
+
+    def _covered(self, state: int) -> contextlib.AbstractContextManager[None]:
+        """Around a write after which the trial may be this storage's to beat for."""
+        if state == r.RUNNING and self._heartbeat_interval is not None:
+            return self._heartbeat.covering()
+        return _NOT_COVERED
 
     def set_trial_param(
         self,
@@ -470,18 +525,19 @@ class Storage(BaseStorage):
         )
         if code != r.RUNNING:
             self._wait_for_the_asker(trial_id)
-        outcome = self._write(record)
-        if outcome.verdict is Verdict.LOST:
-            self._fresh.pop(trial_id, None)
-            return False
-        if outcome.verdict is not Verdict.ACCEPTED:
-            raise self._refusal(record, outcome)
-        if code == r.RUNNING:
-            self._own(trial_id)
-        else:
-            with exchanger.mutex:
-                self._owned.pop(trial_id, None)
+        with self._covered(code):
+            outcome = self._write(record)
+            if outcome.verdict is Verdict.LOST:
                 self._fresh.pop(trial_id, None)
+                return False
+            if outcome.verdict is not Verdict.ACCEPTED:
+                raise self._refusal(record, outcome)
+            if code == r.RUNNING:
+                self._own(trial_id)
+            else:
+                with exchanger.mutex:
+                    self._owned.pop(trial_id, None)
+                    self._fresh.pop(trial_id, None)
         return True
 
     def _n_objectives(self, trial_id: int) -> int:
@@ -581,6 +637,145 @@ class Storage(BaseStorage):
         """Raises UpdateFinishedTrialError if the given state is a finished one."""
         if trial_state.is_finished():
             raise UpdateFinishedTrialError(self._why_finished(trial_id))
+
+    # --- heartbeats ------------------------------------------------------------------------------
+
+    @property
+    def heartbeat_interval(self) -> int | None:
+        """Seconds between two beats; None is without heartbeat."""
+        return self._heartbeat_interval
+
+    @heartbeat_interval.setter
+    def heartbeat_interval(self, interval_s: int | None) -> None:
+        checks.duration(interval_s, "heartbeat_interval")
+        log = self._exchanger.log
+        if interval_s is not None and not isinstance(log, LeaseStore):
+            raise ValueError(
+                f"heartbeat_interval can't be set: {log!r} keeps no leases. A backend of your own "
+                "needs the methods of trialstore.log.LeaseStore for it."
+            )
+        self._heartbeat_interval = interval_s
+
+    @property
+    def grace_period(self) -> int | None:
+        """Seconds without a beat after which a trial is failed; None is twice the interval."""
+        return self._grace_period
+
+    @grace_period.setter
+    def grace_period(self, grace_period_s: int | None) -> None:
+        checks.duration(grace_period_s, "grace_period")
+        self._grace_period = grace_period_s
+
+    @property
+    def failed_trial_callback(self) -> StaleTrialCallback | None:
+        """The name of ``heartbeat_stale_trial_callback`` until Optuna 4.9."""
+        return self.heartbeat_stale_trial_callback
+
+    @failed_trial_callback.setter
+    def failed_trial_callback(self, callback: StaleTrialCallback | None) -> None:
+        self.heartbeat_stale_trial_callback = callback
+
+    def get_heartbeat_interval(self) -> int | None:
+        return self._heartbeat_interval
+
+    def is_heartbeat_enabled(self) -> bool:
+        """Whether ``heartbeat_interval`` is set."""
+        return self._heartbeat_interval is not None
+
+    def get_heartbeat_stale_trial_callback(self) -> StaleTrialCallback | None:
+        return self.heartbeat_stale_trial_callback
+
+    def get_failed_trial_callback(self) -> StaleTrialCallback | None:
+        return self.heartbeat_stale_trial_callback
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Say that a trial's worker lives; of the storage's own trials it says so by itself.
+
+        On a journal that is said of all trials of the worker that created or claimed this one.
+
+        Raises:
+            KeyError: There is no such trial.
+            ValueError: The log keeps no leases.
+        """
+        exchanger = self._exchanger
+        with exchanger.mutex:
+            owns, known = self._owns(trial_id), self._replica.has_trial(trial_id)
+        if owns and self._heartbeat.is_beating:
+            return
+        if not isinstance(exchanger.log, LeaseStore):
+            raise ValueError(f"{exchanger.log!r} keeps no leases.")
+        if owns:
+            with self._heartbeat.covering():
+                pass
+        elif not known:
+            self.get_trial(trial_id)
+        with exchanger.mutex:
+            owner = self._replica.owner(trial_id) or exchanger.worker_id
+        exchanger.use_log(lambda log: log.renew_lease(owner, (trial_id,)))
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """Trials whose worker is dead, for ``optuna.storages.fail_stale_trials`` to fail.
+
+        With a retry callback there are none left: they have been failed and queued again.
+
+        Raises:
+            KeyError: There is no such study.
+            ValueError: Heartbeats are off.
+        """
+        found = self._find_stale(study_id)
+        retry = as_retry(self.heartbeat_stale_trial_callback)
+        if found and retry is not None:
+            self._fail_stale(study_id, found)
+            return []
+        return list(found)
+
+    def fail_stale_trials(self, study_id: int | None = None) -> list[int]:
+        """Fail the trials whose worker is dead, and queue their retries.
+
+        Args:
+            study_id: Where to look; None is everywhere.
+
+        Returns:
+            Ids of the trials that this call failed; none while heartbeats are off.
+
+        Raises:
+            KeyError: There is no such study.
+        """
+        if not self.is_heartbeat_enabled():
+            return []
+        if study_id is not None:
+            return self._fail_stale(study_id, self._find_stale(study_id))
+        return [
+            trial_id
+            for study in self.get_all_studies()
+            for trial_id in self.fail_stale_trials(study._study_id)
+        ]
+
+    def _find_stale(self, study_id: int) -> dict[int, str]:
+        if self._heartbeat_interval is None:
+            raise ValueError("Heartbeats are off: set heartbeat_interval.")
+        grace_period_s = self._grace_period or 2 * self._heartbeat_interval
+        found = stale.find(self._exchanger, study_id, grace_period_s)
+        # This process may have been stopped for so long that its own trials look dead.
+        return {id_: owner for id_, owner in found.items() if not self._owns(id_)}
+
+    def _fail_stale(self, study_id: int, found: dict[int, str]) -> list[int]:
+        if not found:
+            return []
+        callback = as_retry(self.heartbeat_stale_trial_callback)
+        n_objectives = len(self.get_study_directions(study_id))
+
+        def retry(trial: FrozenTrial) -> dict[str, Any] | None:
+            template = callback.retry(trial) if callback is not None else None
+            return None if template is None else self._template_fields(template, n_objectives)
+
+        failed = stale.fail(self._exchanger, study_id, found, retry if callback else None)
+        for trial_id in failed:
+            _logger.warning(
+                "Trial %d was failed: its worker has not been heard of for the grace period.",
+                self.get_trial_number_from_id(trial_id),
+            )
+        return failed
 
 
 def _judged_by(record: r.AnyOperation) -> Wanted:

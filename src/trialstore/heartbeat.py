@@ -1,0 +1,182 @@
+"""Says for all running trials of a storage, once an interval, that their worker lives.
+
+One message covers every trial that the storage created or claimed, whoever runs it: a thread of
+``study.optimize`` or a caller of ``ask`` and ``tell``. The thread that beats exists only while
+there is something to beat for. Who dies is found out in ``stale.py``, by the log's clock.
+
+What a crash leaves behind: a lease that nobody renews, which is the point; without a trial that it
+covers it means nothing. An orderly end withdraws it.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Iterator
+import contextlib
+import logging
+from multiprocessing import util as multiprocessing_util
+import os
+import threading
+from typing import Final
+import weakref
+
+from trialstore.clock import Clock
+from trialstore.exchange import Exchanger
+from trialstore.log import LeaseStore
+
+_logger = logging.getLogger("trialstore")
+
+_RETRY_PAUSE_S: Final = 1.0
+
+
+class Heartbeat:
+    """The beats of one storage.
+
+    Args:
+        exchanger: Whose log keeps the lease, and in whose name it is taken.
+        interval_s: Seconds between beats; asked each time, since users set it on instances. None
+            is no heartbeat.
+        running: Ids of the trials to beat for; called with the exchanger's mutex held.
+        clock: Time, for tests to replace.
+    """
+
+    def __init__(
+        self,
+        exchanger: Exchanger,
+        interval_s: Callable[[], float | None],
+        running: Callable[[], list[int]],
+        clock: Clock,
+    ) -> None:
+        self._exchanger = exchanger
+        self._interval_s = interval_s
+        self._running = running
+        self._clock = clock
+        self._begin()
+        _alive.add(self)
+
+    def _begin(self) -> None:
+        """State that belongs to this process alone, and to its ``worker_id``."""
+        self._worker_id = self._exchanger.worker_id
+        self._changed = threading.Condition(self._exchanger.mutex)
+        self._is_taken = False
+        self._n_starting = 0  # trials that are being created or claimed
+        self._thread: threading.Thread | None = None
+        self._due_s = 0.0
+
+    def _is_of_this_process(self) -> bool:
+        return self._worker_id == self._exchanger.worker_id
+
+    @property
+    def is_beating(self) -> bool:
+        """Whether the trials of this storage are covered, now and from now on."""
+        return self._is_taken and self._is_of_this_process()
+
+    @contextlib.contextmanager
+    def covering(self) -> Iterator[None]:
+        """Around the creation or the claim of a trial, so that its first beat comes with it.
+
+        Raises:
+            LogUnavailableError: No lease can be taken; nothing was created.
+        """
+        if self._interval_s() is None:
+            yield
+            return
+        mutex = self._exchanger.mutex
+        with mutex:
+            if not self._is_of_this_process():
+                self._begin()  # forked: the lease, the thread and the mutex are the parent's
+            self._n_starting += 1  # keeps the thread from withdrawing
+            is_taken = self._is_taken
+        try:
+            if not is_taken:
+                self._exchanger.use_log(self._take)
+            yield
+        finally:
+            with mutex:
+                self._n_starting -= 1
+
+    def _take(self, log: LeaseStore) -> None:
+        log.take_lease(self._worker_id)
+        with self._exchanger.mutex:
+            self._is_taken = True
+            self._due_s = self._clock.now_s() + (self._interval_s() or 0.0)
+            if self._thread is None:
+                _withdraw_at_exit_of_this_process()
+                self._thread = threading.Thread(
+                    target=self._beat, name="trialstore-heartbeat", daemon=True
+                )
+                self._thread.start()
+
+    def withdraw(self) -> None:
+        """Beat no more, until the next trial; what is RUNNING is then nobody's loss."""
+        with self._exchanger.mutex:
+            if not self.is_beating:
+                return
+        self._exchanger.use_log(self._withdraw)
+
+    def _withdraw(self, log: LeaseStore) -> None:
+        with self._exchanger.mutex:
+            self._is_taken = False
+            self._thread = None
+            trial_ids = self._running()
+            self._changed.notify_all()
+        log.withdraw_lease(self._worker_id, trial_ids)
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Beat until there is nothing to beat for, or somebody withdraws."""
+        fails = False
+        while True:
+            with self._exchanger.mutex:
+                if self._thread is not threading.current_thread():
+                    return
+                remaining_s = self._due_s - self._clock.now_s()
+                if remaining_s > 0:
+                    self._clock.wait(self._changed, remaining_s)
+                    continue
+                pause_s = self._interval_s() or 0.0
+            try:
+                self._exchanger.use_log(self._beat_once)
+                fails = False
+            except Exception as error:
+                if not fails:
+                    _logger.warning("The heartbeat waits for the log to come back: %s", error)
+                fails = True
+                pause_s = min(pause_s, _RETRY_PAUSE_S)
+            with self._exchanger.mutex:
+                self._due_s = self._clock.now_s() + pause_s
+
+    def _beat_once(self, log: LeaseStore) -> None:
+        with self._exchanger.mutex:
+            if self._thread is not threading.current_thread():
+                return
+            trial_ids = self._running()
+            go_on = self._interval_s() is not None and (trial_ids or self._n_starting)
+        if go_on:
+            log.renew_lease(self._worker_id, trial_ids)
+        else:
+            self._withdraw(log)
+
+
+# --- exit ----------------------------------------------------------------------------------------
+
+_alive: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
+_exit_registered_in: int | None = None
+
+
+def _withdraw_all() -> None:
+    for heartbeat in list(_alive):
+        try:
+            heartbeat.withdraw()
+        except Exception as error:
+            _logger.warning("Running trials will be held for those of a dead worker: %s", error)
+
+
+def _withdraw_at_exit_of_this_process() -> None:
+    """A multiprocessing child runs finalizers, its own only, but no ``atexit``."""
+    global _exit_registered_in
+    if _exit_registered_in != os.getpid():
+        _exit_registered_in = os.getpid()
+        multiprocessing_util.Finalize(None, _withdraw_all, exitpriority=90)
+        atexit.register(_withdraw_all)

@@ -1,0 +1,131 @@
+"""Trials whose worker is dead: found by its lease, failed once, and retried together with that.
+
+The failing and the retry are one conditional append, the retry first. Where a crash can tear a
+batch, on a journal file, what may be left is a retry without its failing: the trial is still found
+RUNNING and without a living worker, and the next look, which sees that its retry is there, only
+fails it. A failing without its retry can't be left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from trialstore import records as r
+from trialstore.callbacks import is_retry_of
+from trialstore.exchange import Exchanger
+from trialstore.log import NOTHING, ConditionalLog, LeaseStore, Wanted
+from trialstore.records import AnyOperation, Verdict
+from trialstore.replica import Replica
+
+Retry = Callable[[FrozenTrial], dict[str, Any] | None]
+"""The fields of the ``CreateTrial`` that queues a trial again; None where it is not to be."""
+
+
+def find(exchanger: Exchanger, study_id: int, grace_period_s: float) -> dict[int, str]:
+    """RUNNING trials of a study whose lease has expired, and their owners, "" where unknown.
+
+    Raises:
+        KeyError: There is no such study.
+    """
+    # Of tables this reads next to nothing; of a journal everything, which it would do anyway.
+    exchanger.run((), Wanted(waiting_of=frozenset((study_id,))))
+    with exchanger.mutex:
+        running = exchanger.replica.running(study_id)
+
+    def expired(log: LeaseStore) -> dict[int, str]:
+        return {
+            trial_id: running.get(trial_id, "")
+            for trial_id in log.expired(study_id, running, grace_period_s)
+        }
+
+    return exchanger.use_log(expired)
+
+
+def fail(
+    exchanger: Exchanger, study_id: int, stale: Mapping[int, str], retry: Retry | None
+) -> list[int]:
+    """Fail those that are still RUNNING for the owner that was found dead.
+
+    Args:
+        exchanger: Of the storage.
+        study_id: Of the trials.
+        stale: Trial id to owner, as ``find`` returns.
+        retry: What to queue together with the failing of a trial, if it is not there yet.
+
+    Returns:
+        Ids of the trials that were failed by this call.
+    """
+    wanted = Wanted(trials=frozenset(stale))
+    if isinstance(exchanger.log, ConditionalLog):
+        decided: list[AnyOperation] = []
+
+        def decide(replica: Replica) -> list[AnyOperation]:
+            decided.clear()
+            for trial_id in _still_running(replica, stale):
+                if retry is not None:
+                    decided.extend(_retries(exchanger, replica, study_id, trial_id, retry))
+                decided.append(_failing(exchanger, trial_id))
+            return decided
+
+        outcomes = exchanger.run_if(decide, wanted)
+        return _accepted(decided, outcomes)
+    # Two methods of a backend: whoever fails a trial queues its retry, and a crash between the
+    # two loses the retry, as with Optuna's own storages.
+    exchanger.run((), wanted)
+    with exchanger.mutex:
+        failings = [_failing(exchanger, id_) for id_ in _still_running(exchanger.replica, stale)]
+    failed = _accepted(failings, exchanger.run(failings, NOTHING)) if failings else []
+    if retry is not None and failed:
+        with exchanger.mutex:
+            retries = [
+                record
+                for trial_id in failed
+                for record in _retries(exchanger, exchanger.replica, study_id, trial_id, retry)
+            ]
+        exchanger.run(retries, NOTHING)
+    return failed
+
+
+def _still_running(replica: Replica, stale: Mapping[int, str]) -> list[int]:
+    """Somebody may have failed it meanwhile, or a living worker have it from the queue."""
+    return [
+        trial_id
+        for trial_id, owner in stale.items()
+        if replica.is_running(trial_id) and owner in ("", replica.owner(trial_id))
+    ]
+
+
+def _retries(
+    exchanger: Exchanger, replica: Replica, study_id: int, trial_id: int, retry: Retry
+) -> list[r.CreateTrial]:
+    """The record that queues a trial again, unless one has: it is known by the retry history."""
+    trial = replica.trial(trial_id)
+    is_there = any(
+        is_retry_of(attrs, trial.number)
+        for attrs in replica.system_attrs_after(study_id, trial.number)
+    )
+    fields = None if is_there else retry(trial)
+    if fields is None:
+        return []
+    return [r.CreateTrial(study_id=study_id, **fields, **exchanger.marks())]
+
+
+def _failing(exchanger: Exchanger, trial_id: int) -> r.SetTrialStateValues:
+    return r.SetTrialStateValues(
+        trial_id=trial_id,
+        state=r.FAIL,
+        values=None,
+        datetime_complete=r.now_text(),
+        **exchanger.marks(),
+    )
+
+
+def _accepted(records: list[Any], outcomes: list[r.Outcome]) -> list[int]:
+    return [
+        record.trial_id
+        for record, outcome in zip(records, outcomes, strict=True)
+        if isinstance(record, r.SetTrialStateValues) and outcome.verdict is Verdict.ACCEPTED
+    ]
