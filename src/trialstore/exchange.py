@@ -192,30 +192,51 @@ class Exchanger:
         Raises:
             As ``Log.exchange``.
         """
-        with self.mutex:
-            if self._leader is None:
-                self._leader = threading.get_ident()
-                calls, self._gathered = self._gathered, _NO_CALLS
-                deferred, self._outbox = self._outbox, []
-            else:
-                call = _Call(records, wanted)
-                self._gathered = [*self._gathered, call]
-                while self._leader is not None and not call.done:
-                    self._exchanged.wait()
-                if call.done:
-                    if call.error is not None:
-                        raise call.error
-                    if not self.replica.is_complete:
-                        self._load(wanted)
-                    return call.outcomes
-                self._leader = threading.get_ident()
-                calls = [other for other in self._gathered if other is not call]
-                self._gathered = _NO_CALLS
-                deferred, self._outbox = self._outbox, []
-        outcomes = self._lead(records, wanted, calls, deferred)
+        outcomes = self._take_part(records, wanted)
         if not self.replica.is_complete:
             self._load(wanted)
         return outcomes
+
+    def _take_part(self, records: Sequence[AnyOperation], wanted: Wanted) -> list[Outcome]:
+        """Lead the next exchange, or let the next leader send this call's records too."""
+        calls: Sequence[_Call] = _NO_CALLS
+        deferred: list[TrialWrite] = []
+        try:
+            with self.mutex:
+                if self._leader is not None:
+                    call = _Call(records, wanted)
+                    self._gathered = [*self._gathered, call]
+                    while self._leader is not None and not call.done:
+                        self._exchanged.wait()
+                    if call.error is not None:
+                        raise call.error
+                    if call.done:
+                        return call.outcomes
+                    self._gathered = [other for other in self._gathered if other is not call]
+                self._leader = threading.get_ident()
+                calls, self._gathered = self._gathered, _NO_CALLS
+                deferred, self._outbox = self._outbox, []
+            return self._lead(records, wanted, calls, deferred)
+        except BaseException as error:
+            # A failure, or an interrupt between any two lines above or in ``_lead``.
+            self._give_up(calls, deferred, error)
+            raise
+
+    def _give_up(
+        self, calls: Sequence[_Call], deferred: list[TrialWrite], error: BaseException
+    ) -> None:
+        """Of this thread's lead, if it has it: nothing was appended, or nobody knows."""
+        with self.mutex:
+            if self._leader != threading.get_ident():
+                return
+            # Deferred records may be sent again either way: they overwrite, and keep the seq
+            # that marks them as the same ones.
+            self._outbox[:0] = deferred
+            for call in calls:
+                if not call.done:
+                    call.error = _for_followers(error)
+                    call.done = True
+            self._release_lead()
 
     def run_if(
         self, decide: Callable[[Replica], Sequence[AnyOperation]], wanted: Wanted
@@ -267,15 +288,16 @@ class Exchanger:
     @contextlib.contextmanager
     def _leading(self) -> Iterator[None]:
         """Keep the wire for one thread; others' records and wishes gather meanwhile."""
-        with self.mutex:
-            while self._leader is not None:
-                self._exchanged.wait()
-            self._leader = threading.get_ident()
         try:
+            with self.mutex:
+                while self._leader is not None:
+                    self._exchanged.wait()
+                self._leader = threading.get_ident()
             yield
         finally:
             with self.mutex:
-                self._release_lead()
+                if self._leader == threading.get_ident():
+                    self._release_lead()
 
     def _lead(
         self,
@@ -289,23 +311,12 @@ class Exchanger:
         for call in calls:
             wanted |= call.wanted
         try:
-            try:
-                outcomes: list[list[Outcome] | ValueError] = list(self._exchange(parts, wanted))
-            except ValueError:
-                # The log can't keep one of the records, and nothing was appended. One record must
-                # not keep the others out, least of all for ever.
-                parts = [*([record] for record in deferred), *parts[1:]]
-                outcomes = self._exchange_one_by_one(parts, wanted)
-        except BaseException as error:
-            with self.mutex:
-                # Nothing was appended, or nobody knows. Deferred records may be sent again
-                # either way: they overwrite, and keep the seq that marks them as the same ones.
-                self._outbox[:0] = deferred
-                for call in calls:
-                    call.error = _for_followers(error)
-                    call.done = True
-                self._release_lead()
-            raise
+            outcomes: list[list[Outcome] | ValueError] = list(self._exchange(parts, wanted))
+        except ValueError:
+            # The log can't keep one of the records, and nothing was appended. One record must
+            # not keep the others out, least of all for ever.
+            parts = [*([record] for record in deferred), *parts[1:]]
+            outcomes = self._exchange_one_by_one(parts, wanted)
         with self.mutex:
             first = len(outcomes) - len(calls) - 1
             for part, told in zip(parts[:first], outcomes[:first], strict=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import sys
 import threading
+from types import FrameType
 from typing import Any
 
 from optuna.distributions import FloatDistribution
@@ -12,6 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
+from trialstore import exchange
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import Batch, Cursor, Wanted
@@ -19,6 +22,7 @@ from trialstore.logs.memory import MemoryLog
 from trialstore.records import AnyOperation
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
+from trialstore.testing.suites.base import run_threads
 
 _DEADLINE_S = 60
 _X = FloatDistribution(0, 1)
@@ -340,3 +344,41 @@ def test_a_stale_reader_sees_its_own_writes_also_those_on_the_wire(
     flusher.join(_DEADLINE_S)
     reader.join(_DEADLINE_S)
     assert seen == [{"k": 2}]
+
+
+def test_an_interrupt_at_any_moment_leaves_the_lead_to_others(
+    storage: Storage, study_id: int
+) -> None:
+    """Ctrl-C comes up around calls of the main thread; here around each of an exchange."""
+    trial_id = _started_trial(storage, study_id)
+
+    def is_interrupted_at(moment: int) -> bool:
+        left = moment
+
+        def profile(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal left
+            code = frame.f_code
+            if code.co_filename != exchange.__file__ or code.co_name == "_give_up":
+                return
+            # Where the interpreter looks for signals: as a function begins, and after a call.
+            left -= event in ("call", "c_return")
+            if left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        storage.set_trial_user_attr(trial_id, "k", moment)
+        sys.setprofile(profile)
+        try:
+            storage.flush()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    moment = 1
+    while is_interrupted_at(moment):
+        run_threads(storage.flush)
+        assert storage.get_trial(trial_id).user_attrs == {"k": moment}
+        moment += 1
+    assert moment > 20
