@@ -17,12 +17,15 @@ import msgspec
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
 import pytest
+import sqlalchemy as sa
 
 from servers import new_database
 from trialstore import records as r
+from trialstore.errors import OutcomeUnknownError
 from trialstore.log import NOTHING, Wanted
-from trialstore.logs.relational import TablesLog
+from trialstore.logs.relational import TablesLog, tables as t
 from trialstore.records import Outcome, Verdict
+from trialstore.testing.clock import ManualClock
 
 X = distribution_to_json(FloatDistribution(0, 1))
 CHOICES = distribution_to_json(CategoricalDistribution(["a", "b"]))
@@ -637,3 +640,44 @@ def test_json_is_as_optuna_writes_it(tmp_path: Path) -> None:
     assert raw.execute("SELECT value_json FROM trial_user_attributes").fetchall() == [
         (json.dumps(value),)
     ]
+
+
+def test_what_others_write_on_many_queued_trials_is_read(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    new = r.CreateTrial(
+        worker_id="w", study_id=study_id, datetime_start=None, state=r.WAITING, user_attrs={"k": 0}
+    )
+    queued = [outcome.id for outcome in one.do(*[new] * 100)]
+    assert len(two.read(study_id)) == 100
+    for trial_id in queued[::40]:
+        one.do(r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={"k": 1}))
+    assert [x.trial_id for x in two.read(study_id) if x.user_attrs["k"] == 1] == queued[::40]
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_sessions_left_behind_are_removed(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    url = new_database(kind, tmp_path)
+    left, one = Model(url, clock=clock), Model(url, clock=clock)
+
+    def sessions() -> set[str]:
+        with one.log.engine.connect() as connection:
+            return set(connection.scalars(sa.select(t.sessions.c.session_id)))
+
+    study_id = one.study()
+    assert sessions() == {left.log._session_id, one.log._session_id}
+    long_ago = datetime.now() - timedelta(days=t.SESSION_DAYS_MAX + 2)
+    with one.log.engine.begin() as connection:
+        mine = t.sessions.c.session_id == left.log._session_id
+        connection.execute(sa.update(t.sessions).where(mine).values(updated_at=long_ago))
+    two = Model(url)
+    assert sessions() == {one.log._session_id, two.log._session_id}
+    with pytest.raises(OutcomeUnknownError, match="is gone"):
+        left.trial(study_id)
+    # A storage that was not used for long makes itself another row before it writes.
+    before = one.log._session_id
+    clock.advance(90_000.0)
+    one.trial(study_id)
+    assert sessions() >= {before, one.log._session_id}
+    assert one.log._session_id != before

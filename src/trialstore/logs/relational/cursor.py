@@ -127,10 +127,3 @@ def with_ids(ranges: Ranges, ids: Iterable[int]) -> Ranges:
 def holds_id(ranges: Ranges, one: int) -> bool:
     at = bisect_right(ranges, (one, 1 << 62)) - 1
     return at >= 0 and ranges[at][0] <= one <= ranges[at][1]
-
-
-def few_ids(ranges: Ranges, n_max: int) -> list[int] | None:
-    """All ids in the ranges, or None if there are more than ``n_max``."""
-    if sum(high - low + 1 for low, high in ranges) > n_max:
-        return None
-    return [one for low, high in ranges for one in range(low, high + 1)]

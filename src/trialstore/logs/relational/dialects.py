@@ -192,6 +192,10 @@ class Dialect:
         """Seconds from a heartbeat to now; whole ones where the column holds such."""
         raise NotImplementedError
 
+    def days_ago(self, days: int) -> Any:
+        """A moment by the database's clock."""
+        return sa.literal_column(f"CURRENT_TIMESTAMP - INTERVAL '{days}' DAY")
+
     def or_ignore(self, table: sa.Table, values: dict[str, Any], unique: Any) -> Any:
         raise NotImplementedError
 

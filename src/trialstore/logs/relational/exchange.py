@@ -32,7 +32,7 @@ from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import Batch, Wanted
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.cursor import Studies
-from trialstore.logs.relational.dialects import Dialect, Fault, Session, Step
+from trialstore.logs.relational.dialects import Dialect, Fault, Rows, Session, Step
 from trialstore.logs.relational.limits import refusal
 from trialstore.logs.relational.reading import Reading, Written
 from trialstore.logs.relational.verdicts import Facts, Touched
@@ -115,17 +115,22 @@ class Exchange:
             )
         steps = [d.begin_write, d.step(s.await_mark, session=log._session_id), d.commit]
         rows = session.run(steps)[1]
-        if not rows:
-            log._renew_session()
-            raise OutcomeUnknownError(
-                f"{log!r} did not answer a COMMIT, and the row in {t.sessions.name} that tells "
-                "whether it happened is gone; look at the study before repeating the call."
-            )
+        seq, facts, number = self._mark_in(rows)
         self.sent = False
-        seq, facts, number = rows[0]
         if seq == log._seq + 1:
             log._seq = seq
             self._settle(facts, number)
+
+    def _mark_in(self, rows: Rows) -> tuple[int, str, int | None]:
+        """The session's row, which nobody but an administrator removes while it is in use."""
+        if not rows:
+            self.log._renew_session()
+            raise OutcomeUnknownError(
+                f"{self.log!r}: the row in {t.sessions.name} that tells what became of a COMMIT "
+                "is gone; look at the study before repeating the call."
+            )
+        seq, facts, number = rows[0]
+        return seq, facts, number
 
     def _settle(self, facts: str, number: int | None) -> None:
         """Take the outcomes from a mark that tells that the exchange was committed."""
@@ -235,7 +240,7 @@ class Exchange:
         self.sent = False
         log._seq += 1
         log.durable_commits += 1
-        _, facts, number = answers[n_before - 1][0]
+        _, facts, number = self._mark_in(answers[n_before - 1])
         self._judge(Facts(facts), number)
         for study_id in self.written.deleted:
             reading.forget(study_id)

@@ -51,6 +51,10 @@ _BACKOFF_MAX_S: Final = 1.0
 _OPENING_DEADLINE_S: Final = 30.0
 """A wrong address or port shows when the storage is constructed; don't let a user wait long."""
 
+_MARK_IDLE_S: Final = 86_400.0
+"""Who has written nothing for a day begins a new session, long before others take its mark for
+one that was left behind (``tables.SESSION_DAYS_MAX``)."""
+
 _TABLE_NAMES: Final = "SELECT name FROM sqlite_master WHERE type = 'table'"
 
 _inherited: list[Any] = []
@@ -118,6 +122,7 @@ class TablesLog:
         self._session_id = uuid.uuid4().hex
         self._seq = 0
         self._has_mark = False
+        self._marked_at_s = self._clock.now_s()
         self._synchronous = ""
         self.schema = Schema(self.engine, self._dialect.name)
         self._prepared = False
@@ -169,6 +174,9 @@ class TablesLog:
         """
         studies = read_cursor(cursor)
         if records:
+            if self._has_mark and self._clock.now_s() - self._marked_at_s > _MARK_IDLE_S:
+                self._renew_session()
+            self._marked_at_s = self._clock.now_s()
             check_values(self._dialect, records)
         return Exchange(self, list(records), studies, wanted).run()
 

@@ -19,7 +19,6 @@ from trialstore.logs.relational.cursor import (
     Probe,
     Studies,
     StudyCursor,
-    few_ids,
     holds_id,
     with_ids,
     without_ids,
@@ -29,8 +28,6 @@ from trialstore.logs.relational.images import Decoder
 from trialstore.records import RUNNING, WAITING, DeleteStudy, PutParam, PutStudy, PutTrial, Record
 
 _UNKNOWN: Final = StudyCursor("", b"", ())
-_REREAD_WAITING_MAX = 64
-"""WAITING trials of a study that are read again with it; of more only those that changed."""
 
 
 class Written(msgspec.Struct):
@@ -183,25 +180,24 @@ class Reading:
         ids = set(w.trials) | set(self._wrote.trials)
         turned: set[int] = set()
         above: list[tuple[int, int]] = []
+        within: list[tuple[int, int, int]] = []
         left: list[tuple[int, int, int]] = []
         queued: list[tuple[int, int]] = []
         for study_id in sorted(w.trials_of | w.waiting_of):
             known = self._after.get(study_id) or _UNKNOWN
-            left += [(study_id, low, high) for low, high in known.waiting]
+            ranges = [(study_id, low, high) for low, high in known.waiting]
             if study_id in w.trials_of:
                 above.append((study_id, known.all_id))
                 ids |= {one for one in known.held if one <= known.all_id}
-                ids |= set(few_ids(known.waiting, _REREAD_WAITING_MAX) or ())
+                # Attributes may be written on a WAITING trial, too, and nothing else tells.
+                within += ranges
             else:
+                left += ranges
                 queued.append((study_id, known.seen_id))
                 turned |= set(known.held)
         args: dict[str, Any] = {"session": self._wrote.session}
         for i, (study_id, low) in enumerate(above):
             args[f"above_study_{i}"], args[f"above_{i}"] = study_id, low
-        n_left = s.padded(len(left))
-        for i in range(n_left):
-            one = left[min(i, len(left) - 1)]
-            args[f"left_study_{i}"], args[f"left_from_{i}"], args[f"left_to_{i}"] = one
         for i, (study_id, low) in enumerate(queued):
             args[f"queued_study_{i}"], args[f"queued_{i}"] = study_id, low
         numbers = sorted(w.numbers)
@@ -213,7 +209,8 @@ class Reading:
         shape = s.Selection(
             ids=s.pad("id", sorted(ids), args),
             above=len(above),
-            left=n_left,
+            within=s.pad_ranges("within", within, args),
+            left=s.pad_ranges("left", left, args),
             queued=len(queued),
             turned=s.pad("turned", sorted(turned), args),
             numbers=len(numbers),

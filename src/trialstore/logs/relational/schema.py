@@ -168,8 +168,11 @@ class Schema:
     def open_mark(self, session: Session, dialect: Dialect, session_id: str, create: bool) -> bool:
         """Put the session's row into our own table; False where there is none and may be none."""
         insert = dialect.step(s.insert_session, session=session_id, seq=0)
+        abandoned = dialect.step(s.abandoned_sessions, t.SESSION_DAYS_MAX)
         try:
-            session.run([insert])
+            _, rows = session.run([insert, abandoned])
+            if rows:
+                session.run([dialect.step(s.forget_session, session=row[0]) for row in rows])
             return True
         except Exception as error:
             if dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):

@@ -40,6 +40,7 @@ _WAITING: Any = sa.literal_column("'WAITING'")
 _RUNNING: Any = sa.literal_column("'RUNNING'")
 _ZERO: Any = sa.literal_column("0")
 _ONE: Any = sa.literal_column("1")
+_HUNDRED: Any = sa.literal_column("100")
 _UNFINISHED: Final = ("RUNNING", "WAITING")
 
 
@@ -55,6 +56,22 @@ def pad(name: str, items: Sequence[Item], args: dict[str, Any]) -> int:
     for i in range(size):
         args[f"{name}_{i}"] = items[min(i, last)]
     return size
+
+
+def pad_ranges(name: str, ranges: Sequence[tuple[int, int, int]], args: dict[str, Any]) -> int:
+    """The same for ranges of ids: study, from, to."""
+    n = pad(name, ranges, args)
+    for i in range(n):
+        of = args.pop(f"{name}_{i}")
+        args[f"{name}_study_{i}"], args[f"{name}_from_{i}"], args[f"{name}_to_{i}"] = of
+    return n
+
+
+def _in_range(name: str, i: int) -> Any:
+    """Whether a trial is in the ``i``-th range of this name."""
+    c = t.trials.c
+    between = c.trial_id.between(_p(f"{name}_from_{i}"), _p(f"{name}_to_{i}"))
+    return sa.and_(c.study_id == _p(f"{name}_study_{i}"), between)
 
 
 def _params(name: str, n: int) -> list[Any]:
@@ -185,6 +202,14 @@ def await_mark(d: Dialect) -> Any:
 def insert_session(d: Dialect) -> Any:
     row = {"session_id": _p("session"), "seq": _p("seq")}
     return d.or_ignore(t.sessions, row, t.sessions.c.session_id)
+
+
+def abandoned_sessions(d: Dialect, days: int) -> Any:
+    """Sessions that wrote nothing for so long; their storages were killed."""
+    c = t.sessions.c
+    return (
+        _select(c.session_id).where(c.updated_at < d.days_ago(days)).limit(_HUNDRED).offset(_ZERO)
+    )
 
 
 def forget_session(d: Dialect) -> Any:
@@ -464,6 +489,8 @@ class Selection(NamedTuple):
     """Trials by id."""
     above: int = 0
     """All trials of a study above an id."""
+    within: int = 0
+    """Those of a range of ids in a study."""
     left: int = 0
     """Those of a range of ids in a study that are not WAITING any more."""
     queued: int = 0
@@ -487,13 +514,10 @@ def _selected(d: Dialect, n: Selection) -> Any:
                 c.study_id == _p(f"above_study_{i}"), c.trial_id > _p(f"above_{i}")
             )
         )
+    for i in range(n.within):
+        branches.append(_select(c.trial_id).where(_in_range("within", i)))
     for i in range(n.left):
-        between = c.trial_id.between(_p(f"left_from_{i}"), _p(f"left_to_{i}"))
-        branches.append(
-            _select(c.trial_id).where(
-                c.study_id == _p(f"left_study_{i}"), between, c.state != _WAITING
-            )
-        )
+        branches.append(_select(c.trial_id).where(_in_range("left", i), c.state != _WAITING))
     for i in range(n.queued):
         branches.append(
             _select(c.trial_id).where(

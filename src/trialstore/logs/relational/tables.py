@@ -157,3 +157,6 @@ sessions = sa.Table(
     sa.Column("facts", sa.Text),
     sa.Column("updated_at", sa.DateTime, nullable=False, server_default=sa.func.now()),
 )
+
+SESSION_DAYS_MAX: Final = 30
+"""A row that was not updated for longer belonged to a storage that was killed, and is removed."""
