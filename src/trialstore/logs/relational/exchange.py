@@ -23,6 +23,7 @@ Source: docs/formats/tables.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -71,6 +72,8 @@ class Exchange:
         """Whether that COMMIT carried the mark."""
         self.stepwise = False
         """Whether a message was refused, so that we look for the record that was at fault."""
+        self.has_begun = False
+        """Whether the transaction is open already."""
 
     def run(self) -> Batch:
         try:
@@ -209,9 +212,9 @@ class Exchange:
     def _write_and_read(self, session: Session) -> Reading:
         d, log = self.dialect, self.log
         touched = Touched(self.records)
-        steps = [d.begin_write]
+        steps = [] if self.has_begun else [d.begin_write]
         steps += [d.step(s.insert_study, name=name) for name in touched.names]
-        steps += self._locks(touched, set())
+        steps += self._locks(set(touched.numbered), set(touched.trials))
         args: dict[str, Any] = {"session": log._session_id, "seq": log._seq + 1}
         if touched.numbered:
             args["numbered_study"] = touched.numbered[0]
@@ -232,6 +235,7 @@ class Exchange:
             if fault is Fault.VALUE:
                 self.sent = False
                 self.stepwise = True
+                self.has_begun = False
                 log._rollback()
                 return self._write_stepwise(log._connected())
             if fault not in (Fault.LOST, Fault.FENCED):
@@ -268,8 +272,9 @@ class Exchange:
         d = self.dialect
         self.written = Written()
         durable = r.must_be_durable(self.records)
-        self.log._be_durable(session, durable)
-        session.run([d.begin_write])
+        if not self.has_begun:
+            self.log._be_durable(session, durable)
+            session.run([d.begin_write])
         self._find_gone(session)
         outcomes: list[Outcome] = []
         for segment in _segments(self.records):
@@ -303,7 +308,8 @@ class Exchange:
         touched = Touched(records)
         judged = self._judged_params(records)
         steps = [d.step(s.insert_study, name=name) for name in touched.names]
-        steps += self._locks(touched, {study_id for study_id, _ in judged})
+        studies = {*touched.numbered, *[study_id for study_id, _ in judged]}
+        steps += self._locks(studies, set(touched.trials))
         steps.append(_facts_step(d, s.read_facts, touched, {}))
         facts = Facts(session.run(steps)[-1][0][0])
         for trial_id in touched.trials:
@@ -352,15 +358,14 @@ class Exchange:
 
     # --- what both ways of writing share ---
 
-    def _locks(self, touched: Touched, more_studies: set[int]) -> list[Step]:
+    def _locks(self, studies: set[int], trials: set[int]) -> list[Step]:
         d, steps = self.dialect, []
         if d.name == "sqlite":
             return []  # BEGIN IMMEDIATE holds everything.
-        studies = sorted({*touched.numbered, *more_studies})
-        for name, ids in ((s.lock_studies, studies), (s.lock_trials, touched.trials)):
+        for name, ids in ((s.lock_studies, studies), (s.lock_trials, trials)):
             if ids:
                 args: dict[str, Any] = {}
-                n = s.pad("id", ids, args)
+                n = s.pad("id", sorted(ids), args)
                 steps.append(d.step(name, n, **args).unread())
         return steps
 
@@ -388,13 +393,13 @@ class Exchange:
         finally:
             session.run([self.dialect.commit])
 
-    def _answer(self, session: Session) -> Reading:
-        """Read what was wanted, in as many plans as it takes."""
+    def _answer(self, session: Session, first: Sequence[Step] = ()) -> Reading:
+        """Read what was wanted, in as many plans as it takes; ``first`` goes before all."""
         self.written.deleted += self.gone
         reading = Reading(self.dialect, self.log._decoder, self.before, self.wanted, self.written)
-        steps = reading.plan()
+        steps = [*first, *reading.plan()]
         if steps:
-            reading.take(session.run(steps))
+            reading.take(session.run(steps)[len(first) :])
         return self._finish(session, reading)
 
     def wanted_anything(self) -> bool:

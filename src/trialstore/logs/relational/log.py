@@ -22,8 +22,9 @@ from sqlalchemy.pool import StaticPool
 from trialstore.clock import CLOCK, Clock
 from trialstore.errors import LogUnavailableError
 from trialstore.findings import Finding
-from trialstore.log import START, Batch, Cursor, Overview, Wanted
+from trialstore.log import START, Batch, Cursor, Decide, Overview, Wanted
 from trialstore.logs.relational import statements as s, tables as t
+from trialstore.logs.relational.conditional import ConditionalExchange
 from trialstore.logs.relational.cursor import read_cursor
 from trialstore.logs.relational.dialects import (
     Dialect,
@@ -179,6 +180,13 @@ class TablesLog:
             self._marked_at_s = self._clock.now_s()
             check_values(self._dialect, records)
         return Exchange(self, list(records), studies, wanted).run()
+
+    def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
+        """See ``ConditionalLog``, and ``exchange`` for what it raises.
+
+        ``decide`` runs while the studies and trials that ``wanted`` names are locked.
+        """
+        return ConditionalExchange(self, decide, read_cursor(cursor), wanted).run()
 
     def close(self) -> None:
         """Give back the connection; a later exchange opens one again."""
