@@ -128,7 +128,7 @@ BACKENDS = [
     Backend(
         "journal-custom-backend",
         lambda folder: functools.partial(open_backend, ListBackend()),
-        Capabilities(crosses_processes=False),
+        Capabilities(crosses_processes=False, keeps_leases=False),
     ),
     Backend("sqlite-file", _tables("sqlite"), _SQLITE),
     Backend(
@@ -146,7 +146,7 @@ BACKENDS = [
 ]
 
 SERVER_BACKENDS = [
-    Backend("journal-redis", _redis, _JOURNAL, True, _SERVERS),
+    Backend("journal-redis", _redis, Capabilities(keeps_leases=False), True, _SERVERS),
     Backend("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, True, _SERVERS),
     Backend("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, True, _SERVERS),
     Backend("mariadb-pymysql", _tables("pymysql"), _MARIADB, True, _SERVERS),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-import os
 from pathlib import Path
 
 import optuna
 import pytest
 import sqlalchemy as sa
 
+from ageing import age_beats
 from backends import ListBackend
 from servers import new_database
 from trialstore.logs.backend import BackendLog
@@ -37,13 +37,6 @@ class TestMemoryLog(LogSuite):
     @pytest.fixture
     def age_leases(self, clock: ManualClock) -> AgeLeases:
         return clock.advance
-
-
-def age_beats(folder: Path, duration_s: float) -> None:
-    """Let time pass for the beats beside a journal file: they are further back."""
-    for path in folder.glob("*.beat"):
-        status = path.stat()
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - int(duration_s * 1e9)))
 
 
 class TestFileLog(LogSuite):

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from ageing import age_leases
 from backends import Backend, params
-from trialstore.testing.storage_suite import Capabilities, OpenStorage, StorageSuite
+from trialstore.testing.storage_suite import (
+    AgeLeases,
+    Capabilities,
+    OpenStorage,
+    StorageSuite,
+)
 
 
 class TestStorages(StorageSuite):
@@ -23,3 +29,9 @@ class TestStorages(StorageSuite):
     @pytest.fixture
     def open_storage(self, backend: Backend, tmp_path: Path) -> OpenStorage:
         return backend.prepare(tmp_path)
+
+    @pytest.fixture
+    def age_leases(self, backend: Backend) -> AgeLeases:
+        if not backend.capabilities.keeps_leases:
+            pytest.skip("The log keeps no leases.")
+        return age_leases

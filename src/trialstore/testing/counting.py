@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
@@ -19,12 +21,14 @@ class CountingLog:
     Attributes:
         appended: The records of each exchange, in order.
         wanted: What each exchange wanted.
+        used: How often each method of a capability was called, by name.
     """
 
     def __init__(self, inner: Log) -> None:
         self.inner = inner
         self.appended: list[tuple[AnyOperation, ...]] = []
         self.wanted: list[Wanted] = []
+        self.used: Counter[str] = Counter()
         self._failures: dict[int, bool] = {}
         self._bind_capabilities()
 
@@ -33,10 +37,16 @@ class CountingLog:
         for name in dir(self.inner):
             if name.startswith("_") or hasattr(type(self), name) or name in self.__dict__:
                 continue
-            self.__dict__[name] = getattr(self.inner, name)
+            member = getattr(self.inner, name)
+            counted = functools.partial(self._use, name, member) if callable(member) else member
+            self.__dict__[name] = counted
+
+    def _use(self, name: str, method: Callable[..., Any], *args: Any) -> Any:
+        self.used[name] += 1
+        return method(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("inner", "appended", "wanted", "_failures")
+        own = ("inner", "appended", "wanted", "used", "_failures")
         return {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -55,6 +65,7 @@ class CountingLog:
         """Count from 0 again; failures that were ordered are forgotten."""
         self.appended.clear()
         self.wanted.clear()
+        self.used.clear()
         self._failures.clear()
 
     def fail_before(self, k: int = 1) -> None:

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 from trialstore.testing.suites.base import Capabilities, OpenStorage
 from trialstore.testing.suites.counts import CountSuite
+from trialstore.testing.suites.heartbeats import AgeLeases, HeartbeatSuite
 from trialstore.testing.suites.outbox import OutboxSuite
 from trialstore.testing.suites.processes import ProcessSuite
 from trialstore.testing.suites.reads import ReadSuite
 from trialstore.testing.suites.refusals import RefusalSuite
 from trialstore.testing.suites.values import ValueSuite
 
-__all__ = ["Capabilities", "OpenStorage", "StorageSuite"]
+__all__ = ["AgeLeases", "Capabilities", "OpenStorage", "StorageSuite"]
 
 
-class StorageSuite(RefusalSuite, ReadSuite, OutboxSuite, ValueSuite, ProcessSuite, CountSuite):
+class StorageSuite(
+    RefusalSuite, ReadSuite, OutboxSuite, ValueSuite, ProcessSuite, CountSuite, HeartbeatSuite
+):
     """Every promise of DESIGN.md sections 2, 5 and 6 that one store alone can keep."""

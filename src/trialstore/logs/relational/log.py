@@ -291,18 +291,12 @@ class TablesLog:
     def expired(
         self, study_id: int, running: Mapping[int, str], grace_period_s: float
     ) -> Sequence[int]:
-        """See ``LeaseStore``. Beats of Optuna's workers count as well."""
+        """See ``LeaseStore``. Looks for itself; beats of Optuna's workers count as well."""
         # Of two times that were rounded down to whole seconds the difference may be almost one
         # too large, which a whole grace period that has to be exceeded makes up for.
         grace_s = math.ceil(grace_period_s) if self._dialect.whole_seconds else grace_period_s
-        steps = []
-        for ids in _chunks(sorted(running)):
-            args: dict[str, Any] = {"study_id": study_id, "grace_s": grace_s}
-            n = s.pad("id", ids, args)
-            steps.append(self._dialect.step(s.expired, n, **args))
-        if not steps:
-            return []
-        return [row[0] for rows in self._ask(*steps) for row in rows]
+        step = self._dialect.step(s.expired, study_id=study_id, grace_s=grace_s)
+        return [row[0] for row in self._ask(step)[0]]
 
     def _beat(self, statements: Sequence[Any], trial_ids: Sequence[int]) -> None:
         """Statements on the beats of trials, in one message."""

@@ -127,6 +127,9 @@ def _state_writes(d: Dialect, record: r.SetTrialStateValues, beats: bool) -> lis
                 complete=d.time_value(record.datetime_complete),
             )
         )
+        if beats:
+            # Who looks for the expired looks at all beats that there are.
+            steps.append(d.step(s.forget_beats, 1, id_0=record.trial_id))
     return steps
 
 

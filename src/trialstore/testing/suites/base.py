@@ -43,6 +43,7 @@ class Capabilities:
         keeps_negative_zero: -0.0 does not come back as 0.0.
         keeps_objects: Attributes may be objects that are no JSON.
         keeps_microseconds: Times come back as they were given.
+        keeps_leases: It knows which workers live, so that ``heartbeat_interval`` may be set.
         reuses_ids: An id of something deleted may be given out again.
         attribute_bytes_max: The largest JSON of an attribute.
     """
@@ -56,6 +57,7 @@ class Capabilities:
     keeps_negative_zero: bool = True
     keeps_objects: bool = False
     keeps_microseconds: bool = True
+    keeps_leases: bool = True
     reuses_ids: bool = False
     attribute_bytes_max: int = 16 << 20
 

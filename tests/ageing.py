@@ -1,0 +1,48 @@
+"""Let time pass by a log's own clock: whatever has been beaten so far is further back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from trialstore.log import LeaseStore
+from trialstore.storage import Storage
+
+_EARLIER = {
+    "sqlite": "datetime(heartbeat, '-' || :s || ' seconds')",
+    "postgresql": "heartbeat - make_interval(secs => :s)",
+    "mysql": "heartbeat - INTERVAL :s SECOND",
+}
+
+
+def age_leases(storage: Storage, duration_s: float) -> None:
+    """For any storage of ``backends.py``; skips where its log keeps no leases."""
+    log: Any = storage._exchanger.log
+    log = getattr(log, "inner", log)
+    if not isinstance(log, LeaseStore):
+        pytest.skip(f"{log!r} keeps no leases.")
+    beats = getattr(log, "_beats", None)
+    if beats is not None:
+        age_beats(Path(beats._folder), duration_s)
+    elif hasattr(log, "engine"):
+        age_heartbeats(log.engine, duration_s)
+    else:
+        raise NotImplementedError(f"How does time pass in {log!r}?")
+
+
+def age_beats(folder: Path, duration_s: float) -> None:
+    """Beats beside a journal file."""
+    for path in folder.glob("*.beat"):
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - int(duration_s * 1e9)))
+
+
+def age_heartbeats(engine: sa.Engine, duration_s: float) -> None:
+    """Rows of Optuna's table."""
+    statement = f"UPDATE trial_heartbeats SET heartbeat = {_EARLIER[engine.dialect.name]}"
+    with engine.begin() as connection:
+        connection.execute(sa.text(statement), {"s": int(duration_s)})
