@@ -12,6 +12,7 @@ import optuna
 from optuna.storages.journal import BaseJournalBackend
 import pytest
 
+from grpc_servers import prepare_grpc
 from redis_servers import new_prefix
 from servers import new_database, shared_redis
 import trialstore
@@ -30,6 +31,10 @@ _MARIADB = Capabilities(
     keeps_negative_zero=False,
     keeps_microseconds=False,
     attribute_bytes_max=65_535,
+)
+# What protobuf does to it: messages end at 4 MiB, names are UTF-8, and a map has no order.
+_STOCK_SERVER = Capabilities(
+    keeps_every_key=False, keeps_order=False, attribute_bytes_max=(4 << 20) - 1024
 )
 
 
@@ -110,6 +115,11 @@ def _tables(kind: str) -> Callable[[Path], OpenStorage]:
     return lambda folder: functools.partial(open_tables, new_database(kind, folder))
 
 
+def _grpc(kind: str, **options: Any) -> Callable[[Path], OpenStorage]:
+    """Our client on a server over a store of another kind."""
+    return lambda folder: prepare_grpc(kind, folder, **options)
+
+
 _SERVERS = (pytest.mark.servers,)
 
 BACKENDS = [
@@ -143,6 +153,9 @@ BACKENDS = [
             reuses_ids=True,
         ),
     ),
+    Backend("grpc-journal", _grpc("journal")),
+    Backend("grpc-sqlite", _grpc("sqlite"), _SQLITE),
+    Backend("grpc-stock-server", _grpc("in-process", stock=True), _STOCK_SERVER),
 ]
 
 SERVER_BACKENDS = [
@@ -150,6 +163,7 @@ SERVER_BACKENDS = [
     Backend("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, True, _SERVERS),
     Backend("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, True, _SERVERS),
     Backend("mariadb-pymysql", _tables("pymysql"), _MARIADB, True, _SERVERS),
+    Backend("grpc-postgresql", _grpc("psycopg"), _POSTGRESQL, True, _SERVERS),
 ]
 
 

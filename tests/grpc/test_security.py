@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import optuna
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 import pytest
 
 from grpc_servers import KillableServer, open_grpc, serve, served_url
@@ -264,9 +265,15 @@ def test_a_message_beyond_the_bound_is_refused(tmp_path: Path) -> None:
     with KillableServer(url, max_message_bytes=1 << 16) as server:
         storage = open_grpc(server.port, retry_deadline_s=5.0)
         study_id = storage.create_new_study(_MINIMIZE, "s")
-        with pytest.raises(LogUnavailableError, match="larger"):
+        with pytest.raises(ValueError, match="larger"):
             storage.set_study_user_attr(study_id, "k", "x" * (1 << 17))
-        storage.set_study_user_attr(study_id, "k", "x" * (1 << 12))
+        trial_id = storage.create_new_trial(study_id)
+        with pytest.raises(ValueError, match="larger"):
+            storage.set_trial_user_attr(trial_id, "large", "x" * (1 << 17))
+        for key in "abc":  # together they are beyond it
+            storage.set_trial_user_attr(trial_id, key, "x" * (1 << 15))
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        assert set(open_grpc(server.port).get_trial(trial_id).user_attrs) == set("abc")
 
 
 # --- health, reflection, waiting -----------------------------------------------------------------

@@ -35,16 +35,26 @@ def exact_float(value: float) -> str:
 
 
 def trial_contents(
-    trial: FrozenTrial, *, ids: bool = True, times: bool = True, exact: bool = True
+    trial: FrozenTrial,
+    *,
+    ids: bool = True,
+    times: bool = True,
+    exact: bool = True,
+    in_order: bool = True,
 ) -> Contents:
-    """Everything that a trial says, parameters in their order."""
+    """Everything that a trial says; parameters in their order, or else by name."""
+    names = trial.params if in_order else sorted(trial.params)
     contents: Contents = {
         "number": trial.number,
         "state": trial.state.name,
         "values": plain(trial.values, exact=exact),
         "params": [
-            (name, plain(value, exact=exact), distribution_to_json(trial.distributions[name]))
-            for name, value in trial.params.items()
+            (
+                name,
+                plain(trial.params[name], exact=exact),
+                distribution_to_json(trial.distributions[name]),
+            )
+            for name in names
         ],
         "user_attrs": plain(trial.user_attrs, exact=exact),
         "system_attrs": plain(trial.system_attrs, exact=exact),
@@ -58,23 +68,16 @@ def trial_contents(
     return contents
 
 
-def study_contents(
-    storage: BaseStorage,
-    study_id: int,
-    *,
-    ids: bool = True,
-    times: bool = True,
-    exact: bool = True,
-) -> list[Contents]:
-    """The trials of a study, in the order of ``get_all_trials``."""
+def study_contents(storage: BaseStorage, study_id: int, **how: bool) -> list[Contents]:
+    """The trials of a study, in the order of ``get_all_trials``; ``how`` as ``trial_contents``."""
     trials = storage.get_all_trials(study_id, deepcopy=False)
-    return [trial_contents(trial, ids=ids, times=times, exact=exact) for trial in trials]
+    return [trial_contents(trial, **how) for trial in trials]
 
 
 def storage_contents(
-    storage: BaseStorage, *, ids: bool = True, times: bool = True, exact: bool = True
+    storage: BaseStorage, *, ids: bool = True, exact: bool = True, **how: bool
 ) -> dict[str, Contents]:
-    """Every study by name."""
+    """Every study by name; ``how`` as ``trial_contents``."""
     contents: dict[str, Contents] = {}
     for study in storage.get_all_studies():
         contents[study.study_name] = {
@@ -82,6 +85,6 @@ def storage_contents(
             "directions": [direction.name for direction in study.directions],
             "user_attrs": plain(study.user_attrs, exact=exact),
             "system_attrs": plain(study.system_attrs, exact=exact),
-            "trials": study_contents(storage, study._study_id, ids=ids, times=times, exact=exact),
+            "trials": study_contents(storage, study._study_id, ids=ids, exact=exact, **how),
         }
     return contents

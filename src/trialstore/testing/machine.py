@@ -36,7 +36,7 @@ import pytest
 
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
-from trialstore.testing.contents import plain, storage_contents, trial_contents
+from trialstore.testing.contents import storage_contents, trial_contents
 from trialstore.testing.model import Model
 from trialstore.testing.storage_suite import Capabilities, OpenStorage
 
@@ -142,8 +142,9 @@ class StorageMachine(RuleBasedStateMachine):
 
     def _begin(self, storage: Storage, trial_id: int) -> None:
         """As Optuna's ``Trial`` does; this first read is served without an exchange."""
-        expected = self.model.find(trial_id)[1].contents(exact=False)
-        assert trial_contents(storage.get_trial(trial_id), times=False, exact=False) == expected
+        how = {**self.capabilities.as_kept(), "exact": False}
+        expected = self.model.find(trial_id)[1].contents(**how)
+        assert trial_contents(storage.get_trial(trial_id), times=False, **how) == expected
 
     def _keep_ids_apart(self, storage: Storage) -> None:
         if self.keeps_ids_apart:
@@ -338,9 +339,9 @@ class StorageMachine(RuleBasedStateMachine):
     def read_trial(self, who: int, pick: int) -> None:
         trial_id = self._trial_id(pick)
         trial = self._settled(who).get_trial(trial_id)
-        exact = self.capabilities.keeps_negative_zero
-        expected = self.model.find(trial_id)[1].contents(exact=exact)
-        assert trial_contents(trial, times=False, exact=exact) == expected
+        how = self.capabilities.as_kept()
+        expected = self.model.find(trial_id)[1].contents(**how)
+        assert trial_contents(trial, times=False, **how) == expected
         self.early.append((trial, trial_contents(trial)))
 
     @precondition(lambda self: self.dead_ids and not self.capabilities.reuses_ids)
@@ -368,14 +369,14 @@ class StorageMachine(RuleBasedStateMachine):
 
     @rule()
     def everybody_agrees_with_the_model(self) -> None:
-        exact = self.capabilities.keeps_negative_zero
-        expected = self.model.contents(exact=exact)
+        how = self.capabilities.as_kept()
+        expected = self.model.contents(**how)
         for storage in self.storages:
             storage.flush()
         for storage in self.storages:
-            assert storage_contents(storage, times=False, exact=exact) == expected
-        first, second = (storage_contents(storage) for storage in self.storages)
-        assert plain(first, exact=exact) == plain(second, exact=exact)
+            assert storage_contents(storage, times=False, **how) == expected
+        first, second = (storage_contents(storage, **how) for storage in self.storages)
+        assert first == second
 
     @invariant()
     def earlier_reads_have_not_changed(self) -> None:

@@ -34,15 +34,20 @@ class ModelTrial:
     system_attrs: dict[str, Any] = field(default_factory=dict)
     intermediate_values: dict[int, float] = field(default_factory=dict)
 
-    def contents(self, *, exact: bool = True) -> Contents:
+    def contents(self, *, exact: bool = True, in_order: bool = True) -> Contents:
         """As ``trial_contents`` of the same trial, times apart."""
+        names = self.params if in_order else sorted(self.params)
         return {
             "number": self.number,
             "state": self.state.name,
             "values": plain(self.values, exact=exact),
             "params": [
-                (name, plain(value, exact=exact), distribution_to_json(distribution))
-                for name, (value, distribution) in self.params.items()
+                (
+                    name,
+                    plain(self.params[name][0], exact=exact),
+                    distribution_to_json(self.params[name][1]),
+                )
+                for name in names
             ],
             "user_attrs": plain(self.user_attrs, exact=exact),
             "system_attrs": plain(self.system_attrs, exact=exact),
@@ -98,7 +103,7 @@ class Model:
     def trial_ids(self) -> set[int]:
         return {trial.id for study in self.studies.values() for trial in study.trials}
 
-    def contents(self, *, exact: bool = True) -> dict[str, Contents]:
+    def contents(self, *, exact: bool = True, in_order: bool = True) -> dict[str, Contents]:
         """As ``storage_contents``, times apart."""
         return {
             study.name: {
@@ -106,7 +111,9 @@ class Model:
                 "directions": [direction.name for direction in study.directions],
                 "user_attrs": plain(study.user_attrs, exact=exact),
                 "system_attrs": plain(study.system_attrs, exact=exact),
-                "trials": [trial.contents(exact=exact) for trial in study.trials],
+                "trials": [
+                    trial.contents(exact=exact, in_order=in_order) for trial in study.trials
+                ],
             }
             for study in self.studies.values()
         }

@@ -32,7 +32,13 @@ from trialstore.logs.grpc import payload, status
 from trialstore.logs.grpc.foreign import StorageLog
 from trialstore.logs.grpc.generated import log_pb2 as pb
 from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, Call, calls
-from trialstore.logs.grpc.stock import REFUSALS, AnswerLostError, StockMethods, StockRefusal
+from trialstore.logs.grpc.stock import (
+    REFUSALS,
+    AnswerLostError,
+    StockMethods,
+    StockRefusal,
+    check_names,
+)
 from trialstore.records import (
     RUNNING,
     AnyOperation,
@@ -317,7 +323,10 @@ class GrpcLog:
 
     def check(self, records: Sequence[AnyOperation]) -> None:
         """See ``Limited``; a round trip for values out of the ordinary only."""
-        if self._is_unlimited or self._foreign is not None:
+        if self._is_unlimited:
+            return
+        if self._foreign is not None:
+            check_names(records)
             return
         unusual = [record for record in records if _is_unusual(record)]
         if not unusual:
@@ -331,6 +340,7 @@ class GrpcLog:
             error = self._final_error(failed, unknown=False)
             if not isinstance(error, _NoLogServiceError):
                 raise error from failed.error
+            check_names(records)
         else:
             self._is_unlimited = reply.unlimited
 

@@ -136,6 +136,9 @@ class StorageLog:
             except Exception as error:
                 if not outcomes or isinstance(error, OutcomeUnknownError):
                     raise
+                written = records[: len(outcomes)]
+                if isinstance(error, ValueError) and all(map(_overwrites, written)):
+                    raise  # as if nothing had been written: it may be written again
                 raise OutcomeUnknownError(
                     f"{len(outcomes)} of {len(records)} records were stored, then: {error!r}"
                 ) from error
@@ -218,6 +221,12 @@ class StorageLog:
             methods.delete_study(record.study_id)
             self._constants.pop(record.study_id, None)
         return ACCEPTED
+
+
+def _overwrites(record: AnyOperation) -> bool:
+    return not isinstance(
+        record, (r.CreateStudy, r.CreateTrial, r.DeleteStudy, r.SetTrialStateValues)
+    )
 
 
 _ON_TRIAL: Final = (

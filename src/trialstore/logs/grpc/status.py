@@ -33,7 +33,7 @@ _TABLE: Final[tuple[tuple[str, type[Exception], Any], ...]] = (
 _REFUSED: Final = {
     _Code.UNAUTHENTICATED: "it wants a token, and this is not the one. Pass token= or token_file=",
     _Code.PERMISSION_DENIED: "it denies permission",
-    _Code.RESOURCE_EXHAUSTED: "a message is larger than it or this client takes",
+    _Code.RESOURCE_EXHAUSTED: "it has not the resources",
 }
 
 
@@ -106,6 +106,11 @@ def to_error(error: grpc.RpcError, server: str, *, unknown: bool) -> Exception:
     for known, kind, _ in _TABLE:
         if name == known and not is_transient(error):
             return kind(details)
+    if "larger than max" in details:  # the core's words
+        return ValueError(
+            f"{server} takes no message as large as this ({details}); keep large values in a "
+            "file and store its path."
+        )
     if unknown:
         return OutcomeUnknownError(
             f"{server}: the records were sent and no answer came ({error.code().name}: "

@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from trialstore.errors import OutcomeUnknownError, TrialstoreError
 from trialstore.logs.grpc import status
 from trialstore.logs.grpc.generated import optuna_pb2 as pb
+from trialstore.records import AnyOperation
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +73,26 @@ def _time_to_wire(time: datetime | None) -> str:
 
 def _time_from_wire(text: str) -> datetime | None:
     return datetime.strptime(text, _TIME) if text else None
+
+
+def check_names(records: Sequence[AnyOperation]) -> None:
+    """Raises ValueError for a name or key that is no UTF-8, which strings on the wire are."""
+    for name in (name for record in records for name in _names(record)):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"A plain Optuna server takes no lone surrogates in names: {name!r}."
+            ) from error
+
+
+def _names(record: AnyOperation) -> Iterator[str]:
+    for field in record.__struct_fields__:
+        value = getattr(record, field)
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from value
 
 
 def trial_to_wire(trial: FrozenTrial) -> Any:

@@ -41,6 +41,7 @@ class Capabilities:
         keeps_every_key: They are, as keys of attributes and names of parameters.
         survives_close: What was written is there after ``close``.
         keeps_negative_zero: -0.0 does not come back as 0.0.
+        keeps_order: The parameters of a trial come back in the order of suggestion.
         keeps_objects: Attributes may be objects that are no JSON.
         keeps_microseconds: Times come back as they were given.
         keeps_leases: It knows which workers live, so that ``heartbeat_interval`` may be set.
@@ -55,11 +56,16 @@ class Capabilities:
     keeps_every_key: bool = True
     survives_close: bool = True
     keeps_negative_zero: bool = True
+    keeps_order: bool = True
     keeps_objects: bool = False
     keeps_microseconds: bool = True
     keeps_leases: bool = True
     reuses_ids: bool = False
     attribute_bytes_max: int = 16 << 20
+
+    def as_kept(self) -> dict[str, bool]:
+        """For ``contents.py``: what the store keeps, compared no more exactly than it does."""
+        return {"exact": self.keeps_negative_zero, "in_order": self.keeps_order}
 
 
 class SuiteBase:

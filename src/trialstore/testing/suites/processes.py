@@ -57,7 +57,7 @@ def _assert_whole(storage: Storage, study_id: int, n_trials: int) -> None:
     assert [trial.number for trial in trials] == list(range(n_trials))
     for trial in trials:
         assert trial.state == TrialState.COMPLETE, f"trial {trial.number}"
-        assert list(trial.params) == ["x", "y"], f"trial {trial.number}"
+        assert set(trial.params) == {"x", "y"}, f"trial {trial.number}"
         assert "pid" in trial.user_attrs, f"trial {trial.number}"
         assert trial.intermediate_values == {1: trial.params["x"]}, f"trial {trial.number}"
         assert trial.values == [trial.params["x"] * trial.params["x"] + trial.params["y"]]
