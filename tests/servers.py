@@ -26,6 +26,9 @@ import pytest
 
 _READY_S = 180.0
 
+SECRETIVE = "secretive"
+"""Name of a database user that gets in by password only; see ``let_in``."""
+
 
 def find_binary(*names: str) -> str:
     """The path of the first of ``names`` that exists; else skip or fail the test."""
@@ -166,6 +169,9 @@ class PostgreSQLServer(Server):
             find_binary("initdb"), "-D", "data", "-U", "optuna", "--auth=trust", "-E", "UTF8",
             "--locale=C", "--no-sync",
         )  # fmt: skip
+        # Whoever asks for it has to know a password; the tests' own user is trusted.
+        rules = self.folder / "data" / "pg_hba.conf"
+        rules.write_text(f"host all {SECRETIVE} 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
 
     def command(self) -> list[str]:
         options = {
@@ -194,6 +200,20 @@ class PostgreSQLServer(Server):
 
     def _dsn(self, database: str) -> str:
         return f"host=127.0.0.1 port={self.port} user=optuna password=s3cret dbname={database}"
+
+    def let_in(self, password: str) -> None:
+        """Make the user whose password is looked at."""
+        import psycopg
+        from psycopg import sql
+
+        with psycopg.connect(self._dsn("postgres"), autocommit=True) as connection:
+            with contextlib.suppress(psycopg.errors.DuplicateObject):
+                connection.execute(f"CREATE ROLE {SECRETIVE} LOGIN SUPERUSER")
+            connection.execute(
+                sql.SQL("ALTER ROLE {} PASSWORD {}").format(
+                    sql.Identifier(SECRETIVE), sql.Literal(password)
+                )
+            )
 
     def new_database(self, driver: str = "psycopg") -> str:
         """URL of a new empty database."""
@@ -245,6 +265,14 @@ class MariaDBServer(Server):
             cursor.execute("GRANT ALL ON *.* TO optuna@'127.0.0.1'")
         connection.close()
         return True
+
+    def let_in(self, password: str) -> None:
+        """Make the user whose password is looked at."""
+        with self._connect() as connection, connection.cursor() as cursor:
+            cursor.execute(
+                f"CREATE OR REPLACE USER {SECRETIVE}@'127.0.0.1' IDENTIFIED BY %s", (password,)
+            )
+            cursor.execute(f"GRANT ALL ON *.* TO {SECRETIVE}@'127.0.0.1'")
 
     def new_database(self, driver: str = "pymysql") -> str:
         """URL of a new empty database."""

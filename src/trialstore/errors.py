@@ -8,6 +8,7 @@
     ├── LogCorruptError          (also StorageInternalError)  undecodable bytes, and where
     │   └── LogReplacedError                                  another log than the one read before
     ├── SnapshotRefusedError     (also ValueError)            bytes that are no snapshot of ours
+    ├── SecretNotFoundError      (also LookupError)           a password is not where it should be
     └── IncompatibleSchemaError  (also RuntimeError)          the message says what to run
 
 Optuna's own: ``DuplicatedStudyError``, ``UpdateFinishedTrialError``, ``KeyError`` (no such study,
@@ -91,3 +92,7 @@ class SnapshotRefusedError(TrialstoreError, ValueError):
 
 class IncompatibleSchemaError(TrialstoreError, RuntimeError):
     """The tables or the file are of a version that this trialstore does not read as they are."""
+
+
+class SecretNotFoundError(TrialstoreError, LookupError):
+    """A secret's file or an environment variable is missing; the message names it."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
+from trialstore.credentials import secret
 from trialstore.log import Wanted
 from trialstore.logs.relational.log import TablesLog
 from trialstore.storage import Storage
@@ -30,11 +31,15 @@ class RDBStorage(Storage):
             with; 0 writes everything through.
         max_staleness_s: How old an answer may be; 0 means never older than the call.
         durability: "full" survives power loss, "process" only the death of processes.
+        password_file: File that holds the password, if it is not in the URL; a pickle carries
+            the file's name, not the password.
+        password_env: Environment variable that holds it, likewise.
 
     Raises:
         ImportError: The database driver is not installed.
         IncompatibleSchemaError: The tables are of another schema version.
         LogUnavailableError: The database was not reached.
+        SecretNotFoundError: The password is not where it should be.
     """
 
     def __init__(
@@ -51,6 +56,8 @@ class RDBStorage(Storage):
         linger_s: float = 0.02,
         max_staleness_s: float = 0.0,
         durability: str = "full",
+        password_file: str | None = None,
+        password_env: str | None = None,
         clock: Clock = CLOCK,
     ) -> None:
         log = TablesLog(
@@ -59,6 +66,7 @@ class RDBStorage(Storage):
             skip_compatibility_check=skip_compatibility_check,
             skip_table_creation=skip_table_creation,
             durability=durability,
+            password=secret(password_file, password_env),
         )
         super().__init__(
             log,

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import StaticPool
 
 from trialstore.clock import CLOCK, Clock
+from trialstore.credentials import Secret
 from trialstore.errors import LogUnavailableError
 from trialstore.findings import Finding
 from trialstore.log import START, Batch, Cursor, Decide, Overview, Wanted
@@ -77,6 +78,7 @@ class TablesLog:
         skip_compatibility_check: Accept tables of another schema version.
         skip_table_creation: Expect the tables to be there already.
         durability: "full" survives power loss, "process" only the death of the process.
+        password: Where the password is kept, if it is not in the URL.
         retry_deadline_s: How long an exchange tries again before it gives up.
         clock: Replaced in tests.
 
@@ -93,6 +95,7 @@ class TablesLog:
         skip_compatibility_check: bool = False,
         skip_table_creation: bool = False,
         durability: str = "full",
+        password: Secret | None = None,
         retry_deadline_s: float = RETRY_DEADLINE_S,
         clock: Clock = CLOCK,
     ) -> None:
@@ -103,6 +106,7 @@ class TablesLog:
         self.skip_compatibility_check = skip_compatibility_check
         self.skip_table_creation = skip_table_creation
         self.durability = durability
+        self.password = password
         self.retry_deadline_s = retry_deadline_s
         self.durable_commits = 0
         """How many transactions were committed with a sync; for tests and ``info``."""
@@ -112,7 +116,7 @@ class TablesLog:
         self._open()
 
     def _open(self) -> None:
-        url = sa.make_url(self.url)
+        url = self._address()
         kind = dialect_type(url)
         self.engine: Engine = _create_engine(url, kind, self.engine_kwargs)
         self._dialect: Dialect = kind(self.engine)
@@ -129,6 +133,11 @@ class TablesLog:
         self._prepared = False
         self._persistently(self._connected, min(self.retry_deadline_s, _OPENING_DEADLINE_S))
 
+    def _address(self) -> sa.URL:
+        """The URL, with the password as it is now if that is kept elsewhere."""
+        url = sa.make_url(self.url)
+        return url if self.password is None else url.set(password=self.password.read())
+
     def __repr__(self) -> str:
         return f"TablesLog({self.engine.url.render_as_string(hide_password=True)!r})"
 
@@ -139,6 +148,7 @@ class TablesLog:
             "skip_compatibility_check": self.skip_compatibility_check,
             "skip_table_creation": self.skip_table_creation,
             "durability": self.durability,
+            "password": self.password,
             "retry_deadline_s": self.retry_deadline_s,
             "contents": self._contents(),
         }
@@ -339,7 +349,7 @@ class TablesLog:
             return  # The child's copy of the contents; there is no file to share.
         _inherited.append((self._session, self._fairy, self.engine))
         self.engine.dispose(close=False)
-        url = sa.make_url(self.url)
+        url = self._address()
         self.engine = _create_engine(url, dialect_type(url), self.engine_kwargs)
         self.schema = Schema(self.engine, self._dialect.name)
         self._session = self._fairy = None
