@@ -147,7 +147,6 @@ BACKENDS = [
         Capabilities(
             shared=False,
             crosses_processes=False,
-            survives_close=False,
             keeps_every_key=False,
             keeps_negative_zero=False,
             reuses_ids=True,

@@ -39,7 +39,6 @@ class Capabilities:
         lingers: Deferred writes reach the log by themselves after ``linger_s``.
         keeps_every_text: NUL and lone surrogates are stored.
         keeps_every_key: They are, as keys of attributes and names of parameters.
-        survives_close: What was written is there after ``close``.
         keeps_negative_zero: -0.0 does not come back as 0.0.
         keeps_order: The parameters of a trial come back in the order of suggestion.
         keeps_objects: Attributes may be objects that are no JSON.
@@ -54,7 +53,6 @@ class Capabilities:
     lingers: bool = True
     keeps_every_text: bool = True
     keeps_every_key: bool = True
-    survives_close: bool = True
     keeps_negative_zero: bool = True
     keeps_order: bool = True
     keeps_objects: bool = False

@@ -98,11 +98,7 @@ class ProcessSuite(SuiteBase):
             copy.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
         assert storage.get_trial(trial_id).values == [1.0]
 
-    def test_a_storage_is_used_after_it_was_closed(
-        self, storage: Storage, study_id: int, capabilities: Capabilities
-    ) -> None:
-        if not capabilities.survives_close:
-            pytest.skip("The store ends with its connections.")
+    def test_a_storage_is_used_after_it_was_closed(self, storage: Storage, study_id: int) -> None:
         trial_id = storage.create_new_trial(study_id)
         storage.close()
         storage.set_trial_user_attr(trial_id, "k", 1)
