@@ -21,7 +21,6 @@ Source: docs/formats/journal.md; Optuna ``JournalFileBackend``; open(2), write(2
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import errno
@@ -31,7 +30,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import threading
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -56,9 +54,11 @@ from trialstore.records import (
     RECORD_START,
     AnyOperation,
     checksum_matches,
+    checksums_match,
     counts_for_nothing,
     decode_line,
     decode_lines,
+    encode_dict,
     encode_line,
     must_be_durable,
 )
@@ -88,8 +88,6 @@ _SPACE_LOW_BYTES: Final = 1 << 24
 _UNSYNCED_BYTES_MAX: Final = 1 << 22
 
 _BINARY: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-_CHECKSUM_KEY: Final = b',"crc":"'
-_CHECKSUM_FIELD: Final = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n')
 
 # The sidecar: magic, CRC-32 of the header (4 bytes, big endian), length of the header (likewise),
 # header (msgpack of _SnapshotHeader), the snapshot as it was given. No JSON and no pickle begins
@@ -182,18 +180,6 @@ def _without_collections(chunks: Iterator[bytes], count: int) -> Iterator[bytes]
 
 
 # --- lines ---------------------------------------------------------------------------------------
-
-
-def _checksums_match(lines: bytes, count: int) -> bool:
-    """Whether each of ``count`` lines carries a checksum and it matches; False when in doubt."""
-    # No bytecode and no tuple per line: this is half of what decoding a journal costs.
-    parts = _CHECKSUM_FIELD.split(lines)  # body, checksum, body, checksum, … and nothing
-    if len(parts) != 2 * count + 1 or parts[-1]:
-        return False
-    expected = array("I", bytes.fromhex(b"".join(parts[1::2]).decode()))
-    if sys.byteorder == "little":
-        expected.byteswap()
-    return list(map(zlib.crc32, parts[:-1:2])) == expected.tolist()
 
 
 def _decode_checked(line: bytes, decode: Callable[[bytes], _T]) -> _T:
@@ -431,7 +417,7 @@ class FileLog(BaseJournalBackend):
         """
         if not logs:
             return
-        data = b"".join(map(_encode_dict, logs))
+        data = b"".join(map(encode_dict, logs))
         lines = _Lines(data, _decode_dicts(None, data, 0, 0), self._durability == "full")
         with self._mutex:
             position = max(self._read_positions.values(), default=_BEGIN)
@@ -989,7 +975,7 @@ def _decode_chunk(log: FileLog | None, lines: bytes, offset: int, number: int) -
     count = lines.count(b"\n")
     try:
         records = decode_lines(lines)
-        if len(records) == count and (log is None or _checksums_match(lines, count)):
+        if len(records) == count and (log is None or checksums_match(lines, count)):
             return records
     except ValueError:
         pass
@@ -1005,12 +991,6 @@ def _decode_dicts(
     if log is None:
         return [json.loads(line) for line in lines.split(b"\n")[:-1]]
     return log._decode_lines_one_by_one(lines, offset, number, json.loads)
-
-
-def _encode_dict(fields: dict[str, Any]) -> bytes:
-    fields = {name: value for name, value in fields.items() if name != "crc"}
-    body = json.dumps(fields, separators=(",", ":")).encode()[:-1]
-    return b'%s%s%08x"}\n' % (body, _CHECKSUM_KEY, zlib.crc32(body))
 
 
 def _position_of(cursor: Cursor) -> _Position:

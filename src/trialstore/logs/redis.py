@@ -56,6 +56,7 @@ from trialstore.records import (
     checksum_matches,
     decode_line,
     decode_lines,
+    encode_dict,
     encode_line,
 )
 
@@ -555,12 +556,10 @@ class RedisLog(BaseJournalBackend):
 
     def _encode_dict(self, fields: dict[str, Any]) -> bytes:
         """A line that no other is equal to, so that it is known again after a lost answer."""
-        fields = {name: value for name, value in fields.items() if name != "crc"}
         if "seq" not in fields:
             self._n_marked += 1
-            fields["mark"] = f"{self._mark}{self._n_marked}"
-        body = json.dumps(fields, separators=(",", ":")).encode()[:-1]
-        return b'%s,"crc":"%08x"}' % (body, zlib.crc32(body))
+            fields = {**fields, "mark": f"{self._mark}{self._n_marked}"}
+        return encode_dict(fields)[:-1]
 
     # --- exchanging lines --------------------------------------------------------------------
 
