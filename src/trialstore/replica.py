@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator
 import logging
 import math
+import sys
 from typing import Any, Final
 
 from optuna.distributions import (
@@ -242,6 +243,8 @@ class Replica:
             # bad record must not make the study unreadable.
             trial.warn_unreadable(f"parameter {name!r}", error)
             return
+        # Every record brings a string of its own: in all trials, half as much as the values.
+        name = sys.intern(name)
         trial.params[name] = external
         trial.distributions[name] = distribution
         if name not in study.distributions:
@@ -299,7 +302,8 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
-        trial.user_attrs.update(record.user_attr)
+        for key, value in record.user_attr.items():
+            trial.user_attrs[sys.intern(key)] = value
         trial.view = None
         return ACCEPTED
 
@@ -307,7 +311,8 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
-        trial.system_attrs.update(record.system_attr)
+        for key, value in record.system_attr.items():
+            trial.system_attrs[sys.intern(key)] = value
         trial.view = None
         return ACCEPTED
 
@@ -411,6 +416,7 @@ class Replica:
         study.counts[state] += 1
         trial.view = None
         if state in r.FINISHED:
+            study.share_distributions(trial)
             study.unread.add(trial.index)
             if state == r.COMPLETE and len(study.directions) == 1:
                 assert trial.values is not None

@@ -5,11 +5,11 @@ Layout, after the magic (first byte 0xFF, which no pickle and no UTF-8 text begi
     magic  8 bytes   FF 't' 's' 's' 'n' 'a' 'p' version
     header length    4 bytes, big endian
     header checksum  4 bytes, CRC-32 of the header
-    header           positions, cursor, and for each study its image and where its section lies
-    sections         one per study: distributions, first uses of parameters, trials
+    header           positions, cursor, and for each study its image and where its sections lie
+    sections         some trials of one study, with what is needed to read them alone
 
-A section can be read alone. Everything is msgpack; a header or section that holds what msgpack
-can't (lone surrogates, integers beyond 64 bits) is JSON instead, told apart by its first byte.
+Everything is msgpack; a header or section that holds what msgpack can't (lone surrogates, integers
+beyond 64 bits) is JSON instead, told apart by its first byte.
 
 Source: docs/formats/snapshot.md.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 import gc
+import itertools
 import json
 import logging
 import pickle
@@ -39,21 +40,29 @@ _MANY_RECORDS: Final = 10_000  # below this the collector's passes cost nothing
 _MAGIC: Final = b"\xfftssnap\x01"
 _PREFIX_LEN: Final = len(_MAGIC) + 8
 
+# What a section is decoded into is freed only when all of it has been applied: in larger ones,
+# that stays in the process's memory between the trials.
+_SECTION_TRIALS: Final = 1000
+
 _T = TypeVar("_T")
 
 
-class _SectionInfo(msgspec.Struct, frozen=True, array_like=True):
-    study: PutStudy
+class _Place(msgspec.Struct, frozen=True, array_like=True):
     offset: int
     length: int
     checksum: int
+
+
+class _StudyInfo(msgspec.Struct, frozen=True, array_like=True):
+    study: PutStudy
+    sections: list[_Place]
 
 
 class _Header(msgspec.Struct, frozen=True, array_like=True):
     n_records: int
     cursor: Any
     positions: PutPositions
-    sections: list[_SectionInfo]
+    studies: list[_StudyInfo]
 
 
 class _TrialRow(msgspec.Struct, frozen=True, array_like=True):
@@ -74,6 +83,8 @@ class _TrialRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Section(msgspec.Struct, frozen=True, array_like=True):
+    """Trials of a study, by id; ``params`` are those of the study, in its first section."""
+
     distributions: list[str]
     params: list[PutParam]
     trials: list[_TrialRow]
@@ -93,41 +104,48 @@ class Restored(NamedTuple):
 
 def dump(replica: Replica, cursor: Cursor, n_records: int) -> bytes:
     """The contents of a complete replica that stands at ``cursor``, after ``n_records``."""
-    infos: list[_SectionInfo] = []
+    infos: list[_StudyInfo] = []
     bodies: list[bytes] = []
     offset = 0
     for study_id in replica.study_ids():
-        body = _pack(_section(replica, study_id))
-        infos.append(
-            _SectionInfo(replica.study_image(study_id), offset, len(body), zlib.crc32(body))
-        )
-        bodies.append(body)
-        offset += len(body)
+        places: list[_Place] = []
+        for section in _sections(replica, study_id):
+            body = _pack(section)
+            places.append(_Place(offset, len(body), zlib.crc32(body)))
+            bodies.append(body)
+            offset += len(body)
+        infos.append(_StudyInfo(replica.study_image(study_id), places))
     header = _pack(_Header(n_records, cursor, replica.positions(), infos))
     prefix = _MAGIC + len(header).to_bytes(4, "big") + zlib.crc32(header).to_bytes(4, "big")
     return b"".join([prefix, header, *bodies])
 
 
-def _section(replica: Replica, study_id: int) -> _Section:
-    indexes: dict[str, int] = {}
-    rows = [
-        _TrialRow(
-            image.trial_id,
-            image.number,
-            image.state,
-            image.values,
-            image.datetime_start,
-            image.datetime_complete,
-            image.params,
-            [indexes.setdefault(text, len(indexes)) for text in image.distributions],
-            image.user_attrs,
-            image.system_attrs,
-            image.intermediate_values,
-            image.owner,
-        )
-        for image in replica.trial_images(study_id)
-    ]
-    return _Section(list(indexes), replica.param_images(study_id), rows)
+def _sections(replica: Replica, study_id: int) -> Iterator[_Section]:
+    images = replica.trial_images(study_id)
+    params = replica.param_images(study_id)
+    while True:
+        indexes: dict[str, int] = {}
+        rows = [
+            _TrialRow(
+                image.trial_id,
+                image.number,
+                image.state,
+                image.values,
+                image.datetime_start,
+                image.datetime_complete,
+                image.params,
+                [indexes.setdefault(text, len(indexes)) for text in image.distributions],
+                image.user_attrs,
+                image.system_attrs,
+                image.intermediate_values,
+                image.owner,
+            )
+            for image in itertools.islice(images, _SECTION_TRIALS)
+        ]
+        if not rows and not params:
+            return
+        yield _Section(list(indexes), params, rows)
+        params = []
 
 
 def load(snapshot: bytes | memoryview, focus: Container[int] | None = None) -> Restored:
@@ -148,35 +166,37 @@ def load(snapshot: bytes | memoryview, focus: Container[int] | None = None) -> R
 
 
 def _records(header: _Header, body: memoryview, focus: Container[int] | None) -> Iterator[Record]:
-    for info in header.sections:
+    for info in header.studies:
         yield info.study
     yield header.positions
-    for info in header.sections:
-        if focus is not None and info.study.study_id not in focus:
-            continue
-        section = _unpack(
-            _checked(body[info.offset : info.offset + info.length], info.length, info.checksum),
-            _section_decoder,
-            _Section,
+    for info in header.studies:
+        if focus is None or info.study.study_id in focus:
+            for place in info.sections:
+                part = body[place.offset : place.offset + place.length]
+                part = _checked(part, place.length, place.checksum)
+                section = _unpack(part, _section_decoder, _Section)
+                yield from _section_records(section, info.study.study_id)
+
+
+def _section_records(section: _Section, study_id: int) -> Iterator[Record]:
+    yield from section.params
+    texts = section.distributions
+    for row in section.trials:
+        yield PutTrial(
+            trial_id=row.trial_id,
+            study_id=study_id,
+            number=row.number,
+            state=row.state,
+            values=row.values,
+            datetime_start=row.datetime_start,
+            datetime_complete=row.datetime_complete,
+            params=row.params,
+            distributions=[texts[index] for index in row.distributions],
+            user_attrs=row.user_attrs,
+            system_attrs=row.system_attrs,
+            intermediate_values=row.intermediate_values,
+            owner=row.owner,
         )
-        yield from section.params
-        texts = section.distributions
-        for row in section.trials:
-            yield PutTrial(
-                trial_id=row.trial_id,
-                study_id=info.study.study_id,
-                number=row.number,
-                state=row.state,
-                values=row.values,
-                datetime_start=row.datetime_start,
-                datetime_complete=row.datetime_complete,
-                params=row.params,
-                distributions=[texts[index] for index in row.distributions],
-                user_attrs=row.user_attrs,
-                system_attrs=row.system_attrs,
-                intermediate_values=row.intermediate_values,
-                owner=row.owner,
-            )
 
 
 def _read_header(snapshot: memoryview) -> tuple[_Header, memoryview]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    distribution_to_json,
+)
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
@@ -14,7 +18,7 @@ from trialstore import snapshot
 from trialstore.errors import SnapshotRefusedError
 from trialstore.log import NOTHING, START
 from trialstore.logs.memory import MemoryLog
-from trialstore.records import Record
+from trialstore.records import CreateStudy, CreateTrial, Record
 from trialstore.replica import Replica
 from trialstore.storage import Storage
 
@@ -83,6 +87,36 @@ def test_a_snapshot_plus_the_later_records_is_the_full_replay(records: list[Reco
         for record in records[position:]:
             restored.apply(record)
         assert _contents(restored) == _contents(_replayed(records))
+
+
+def test_a_value_outside_of_its_distribution_is_kept() -> None:
+    """Others may have stored it; a snapshot is saved all the same."""
+    log = FloatDistribution(0.1, 9, log=True)
+    study = CreateStudy(worker_id="w", seq=0, study_name="s", directions=[1])
+    trial = CreateTrial(
+        worker_id="w",
+        seq=1,
+        study_id=0,
+        datetime_start=None,
+        params={"x": 0.0},
+        distributions={"x": distribution_to_json(log)},
+    )
+    replica = _replayed([study, trial])
+    restored = snapshot.load(snapshot.dump(replica, None, 2)).replica
+    assert _contents(restored) == _contents(replica)
+    assert restored.trials(0, None)[0].params == {"x": 0.0}
+
+
+def test_a_study_of_several_sections_comes_back(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "_SECTION_TRIALS", 2)
+    replica = _replayed(records)
+    whole = snapshot.dump(replica, None, 0)
+    assert _contents(snapshot.load(whole).replica) == _contents(replica)
+    one, unloaded = snapshot.load(whole, {1}).replica, snapshot.load(whole, set()).replica
+    assert repr(one.trials(1, None)) == repr(replica.trials(1, None))
+    assert not unloaded.is_complete
 
 
 def test_the_owner_of_a_running_trial_is_kept(records: list[Record]) -> None:

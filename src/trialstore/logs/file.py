@@ -74,9 +74,9 @@ _T = TypeVar("_T")
 # Large enough that a call per chunk costs nothing, small enough that one odd line (NaN, a torn
 # prefix) does not send very many good ones down the slow path with it.
 _CHUNK_BYTES: Final = 1 << 18
-# Records take more room than their lines; an answer of this size is applied before the next one
-# is decoded, so that opening a large journal does not need its size several times over.
-_ANSWER_BYTES: Final = 1 << 23
+# Records take more room than their lines. An answer of this size is applied before the next one is
+# decoded, so that they lie in the same memory again and not between the trials of a replica.
+_ANSWER_BYTES: Final = 1 << 18
 # A cursor knows the last bytes before it again. No record is shorter, so that a repair of the
 # line (which only touches what is before the record) does not change them.
 _MARK_BYTES: Final = 32
