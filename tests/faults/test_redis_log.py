@@ -20,11 +20,12 @@ from redis_servers import new_prefix, shared_cluster
 from servers import RedisServer, find_binary, shared_redis
 import trialstore
 from trialstore import records as r
-from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START
 from trialstore.logs.redis import RedisLog
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import CountingProxy, ManualClock
+from trialstore.testing.follower import Follower
 
 redis = pytest.importorskip("redis")
 
@@ -198,9 +199,9 @@ def test_an_attempt_that_arrives_after_its_retry_changes_nothing(atomic: _Where)
     class Log(_LossyLog):
         _n_appends = 0
 
-        def _run_script(self, position: Any, lines: list[bytes]) -> Any:
+        def _run_script(self, position: Any, lines: list[bytes], *rest: Any) -> Any:
             self._n_appends += bool(lines)
-            return super()._run_script(position, lines)
+            return super()._run_script(position, lines, *rest)
 
     log = Log(*atomic.args)
     cursor = log.exchange([], START, NOTHING).cursor
@@ -393,6 +394,196 @@ def test_a_batch_that_was_filled_in_part_is_never_stored_twice(
         with pytest.raises(OutcomeUnknownError, match="stopped"):
             log.exchange(records, cursor, NOTHING)
         assert _seqs(slots.open()) == [0, 1 + written]
+
+
+# --- appends on a condition ----------------------------------------------------------------------
+
+
+class _Counter:
+    """Appends one record with the next number, if nobody has come between.
+
+    Args:
+        log: Whose records are counted, all of them.
+    """
+
+    def __init__(self, log: RedisLog) -> None:
+        self.log = log
+        self.n_seen = 0
+        self.n_decisions = 0
+        self.cursor: Any = START
+        self.between: Callable[[], None] = lambda: None
+
+    def add(self) -> int:
+        """The number that was decided on last, which is where the record should be."""
+
+        def decide(news: Sequence[Any], cursor: Any) -> list[r.CreateStudy]:
+            self.n_seen += len(news)
+            self.n_decisions += 1
+            self.between()
+            return [_study(self.n_seen, "counter")]
+
+        batch = self.log.exchange_if(decide, self.cursor, NOTHING)
+        number = self.n_seen
+        assert batch.news[0].seq == number, "the record is the first after what was seen"
+        self.n_seen += len(batch.news)
+        self.cursor = batch.cursor
+        return number
+
+
+def _numbers(log: RedisLog) -> list[tuple[int, int]]:
+    """Place in the log and decided number of each record of a ``_Counter``."""
+    news: Sequence[Any] = log.exchange([], START, NOTHING).news
+    return [(n, x.seq) for n, x in enumerate(news) if x.worker_id == "counter"]
+
+
+def test_every_answer_to_a_conditional_append_lost_one_by_one(where: _Where) -> None:
+    for k in itertools.count(1):
+        calls = itertools.count(1)
+        was_lost = False
+
+        def lose(send: Callable[[], Any], calls: Any = calls, k: int = k) -> Any:
+            nonlocal was_lost
+            answer = send()
+            if next(calls) == k:
+                was_lost = True
+                raise redis.ConnectionError("the test lost this answer")
+            return answer
+
+        before = len(_numbers(where.open()))
+        counter = _Counter(where.lossy(lose, clock=ManualClock()))
+        for _ in range(3):
+            counter.add()
+        numbers = _numbers(where.open())
+        assert len(numbers) == before + 3, f"answer {k}"
+        assert all(place == number for place, number in numbers), f"answer {k}"
+        if not was_lost:
+            break
+    assert k > 3
+
+
+def test_a_conditional_append_whose_answer_is_lost_while_others_write_thousands(
+    standalone_pair: Any,
+) -> None:
+    where, busy = standalone_pair
+    once = iter([True])
+
+    def lose(send: Callable[[], Any]) -> Any:
+        answer = send()
+        if counter.n_decisions and next(once, False):
+            busy.exchange([_study(n, "busy") for n in range(1500)], START, NOTHING)
+            raise redis.ConnectionError("the test lost this answer")
+        return answer
+
+    counter = _Counter(where.lossy(lose))
+    assert counter.add() == 0
+    assert (counter.n_seen, counter.n_decisions) == (1501, 1)
+    assert _numbers(where.open()) == [(0, 0)]
+
+
+@pytest.mark.parametrize("n_others", [1, 1500])
+def test_what_came_between_is_told_before_it_is_decided_again(
+    where: _Where, n_others: int
+) -> None:
+    others = where.open()
+    records = [_study(n, "other") for n in range(n_others)]
+    once = iter([records])
+    counter = _Counter(where.open())
+    counter.add()
+    counter.between = lambda: None if (new := next(once, None)) is None else _append(others, new)
+    assert counter.add() == 1 + n_others
+    assert counter.n_decisions == 3
+    assert _numbers(where.open()) == [(0, 0), (1 + n_others, 1 + n_others)]
+
+
+def _append(log: RedisLog, records: Sequence[Any]) -> None:
+    log.exchange(records, START, NOTHING)
+
+
+def test_a_conditional_append_that_arrives_after_its_retry_changes_nothing(atomic: _Where) -> None:
+    late: list[Callable[[], Any]] = []
+    others = atomic.open()
+
+    def delay(send: Callable[[], Any]) -> Any:
+        if counter.n_decisions and not late:
+            late.append(send)
+            _append(others, [_study(0, "other")])
+            raise redis.TimeoutError("the test holds this request up")
+        return send()
+
+    counter = _Counter(atomic.lossy(delay))
+    # The delayed request keeps its own connection, as one in a server's buffer does.
+    counter.log._hang_up = lambda: setattr(counter.log, "_door", None)  # type: ignore[method-assign]
+    assert counter.add() == 1
+    late[0]()
+    assert _numbers(atomic.open()) == [(1, 1)]
+
+
+def test_a_conditional_append_that_was_filled_is_decided_again(slots: _Where) -> None:
+    counter = _Counter(slots.open())
+    reserve = counter.log._reserve_after
+    once = iter([True])
+
+    def reserve_and_stop(last: int, count: int) -> bool:
+        taken = reserve(last, count)
+        if next(once, False):
+            slots.open(clock=ManualClock()).exchange([], START, NOTHING)
+        return taken
+
+    counter.log._reserve_after = reserve_and_stop  # type: ignore[method-assign]
+    assert counter.add() == 1
+    assert counter.n_decisions == 2
+    assert _numbers(slots.open()) == [(1, 1)]
+
+
+# --- leases --------------------------------------------------------------------------------------
+
+
+def test_leases_and_conditional_appends_cost_few_round_trips(proxy: CountingProxy) -> None:
+    log = RedisLog(f"redis://127.0.0.1:{proxy.port}", prefix=new_prefix())
+    follower = Follower(log, "w")
+    study_id = follower.create_study("s")
+    trips: dict[str, int] = {}
+
+    def count(name: str, call: Callable[[], Any]) -> None:
+        call()  # a script that the server does not know yet takes one more
+        before = proxy.n_round_trips
+        call()
+        trips[name] = proxy.n_round_trips - before
+
+    count("create", lambda: follower.create_trial(study_id))
+    log.take_lease("w")
+    count("create with a lease", lambda: follower.create_trial(study_id))
+    ids = list(range(200))
+    count("renew", lambda: log.renew_lease("w", ids))
+    count("expired", lambda: log.expired(study_id, dict.fromkeys(ids, "w"), 60.0))
+    count("append on a condition", lambda: _Counter(log).add())
+    assert trips == {
+        "create": 1,
+        "create with a lease": 1,
+        "renew": 1,
+        "expired": 1,
+        "append on a condition": 2,
+    }
+
+
+def test_a_key_of_leases_that_holds_something_else_leaves_nothing_appended(
+    atomic: _Where,
+) -> None:
+    log = atomic.open()
+    follower = Follower(log, "w")
+    study_id = follower.create_study("s")
+    log.take_lease("w")
+    url, use_cluster, prefix = atomic.args
+    client = redis.RedisCluster.from_url(url) if use_cluster else redis.Redis.from_url(url)
+    client.set(f"{prefix}:trialstore:leases", "no hash")
+    with pytest.raises(LogCorruptError, match="something else"):
+        follower.create_trial(study_id)
+    with pytest.raises(LogCorruptError, match="something else"):
+        log.renew_lease("w", [])
+    assert Follower(atomic.open(), "late").trials(study_id) == []
+    client.delete(f"{prefix}:trialstore:leases")
+    follower.create_trial(study_id)
+    client.close()
 
 
 # --- fork ----------------------------------------------------------------------------------------

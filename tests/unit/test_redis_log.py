@@ -25,6 +25,7 @@ from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableE
 from trialstore.log import NOTHING, START, SnapshotStore
 from trialstore.logs import redis as redis_log
 from trialstore.logs.redis import RedisLog
+from trialstore.testing.capability_suites import AgeLeases
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import CountingProxy, ManualClock
 from trialstore.testing.log_suite import LogSuite, OpenLog
@@ -138,37 +139,42 @@ def proxied(standalone: _Where) -> Iterator[tuple[_Where, CountingProxy]]:
 # --- conformance ---------------------------------------------------------------------------------
 
 
-class TestRedisLog(LogSuite):
+class OnRedis(LogSuite):
+    """Time passes for leases by what each of them says."""
+
+    kind: str
+
     @pytest.fixture
-    def open_log(self, standalone: _Where) -> OpenLog:
-        return standalone.open
+    def journal(self) -> Iterator[_Where]:
+        where = _KINDS[self.kind]()
+        yield where
+        where.client.close()
 
-
-class TestRedisLogOnClusterWithHashTag(LogSuite):
     @pytest.fixture
-    def open_log(self) -> OpenLog:
-        return _cluster("{p%d}:x").open
+    def open_log(self, journal: _Where) -> OpenLog:
+        return journal.open
 
-
-class TestRedisLogOnClusterWithPlainPrefix(LogSuite):
     @pytest.fixture
-    def open_log(self) -> OpenLog:
-        return _cluster("p%d").open
+    def age_leases(self, journal: _Where) -> AgeLeases:
+        key = f"{journal.prefix}:trialstore:leases"
 
-    def test_a_batch_is_seen_whole_or_not_at_all(self, open_log: OpenLog) -> None:
-        pytest.skip("A plain prefix gives each record a slot of its own; DESIGN.md lets it off.")
+        def age(duration_s: float) -> None:
+            for owner in journal.client.hkeys(key):
+                journal.client.hincrby(key, owner, -int(duration_s * 1000))
+
+        return age
 
 
-try:
-    from optuna.testing.pytest_storages import StorageTestCase
-except ImportError:
-    pass  # ships with Optuna from 4.7 on
-else:
+class TestRedisLog(OnRedis):
+    kind = "standalone"
 
-    class TestOptunaSuiteOnRedis(StorageTestCase):  # type: ignore[misc]
-        @pytest.fixture
-        def storage(self, where: _Where) -> trialstore.JournalStorage:
-            return trialstore.JournalStorage(where.open())
+
+class TestRedisLogOnClusterWithHashTag(OnRedis):
+    kind = "cluster-hash-tag"
+
+
+class TestRedisLogOnClusterWithPlainPrefix(OnRedis):
+    kind = "cluster-plain-prefix"
 
 
 # --- keys and JSON -------------------------------------------------------------------------------

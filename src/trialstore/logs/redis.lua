@@ -6,14 +6,18 @@
 --
 -- KEYS[1]  PREFIX:log_number            number of the last record
 -- KEYS[2]  PREFIX:trialstore:complete   every record up to this number has been written
+-- KEYS[3]  PREFIX:trialstore:leases     when each owner last said that it lives
 -- ARGV[1]  PREFIX:log:                  a record's key without its number
 -- ARGV[2]  number of the next record that the caller has not read
 -- ARGV[3]  the last bytes of the record before that one; empty if not known
 -- ARGV[4]  how many records may be returned
--- ARGV[5…] records to append
+-- ARGV[5]  1: append only if nothing is new; 0: in any case
+-- ARGV[6]  how many owners create or claim a trial by this, whose leases are renewed with it
+-- ARGV[7…] those owners, then the records to append
 --
 -- Returns {status, number, records}:
 --   ok       number of the last record, the records before the appended ones
+--   moved    number of the last record, the records that are new, for which nothing was appended
 --   behind   number of the last record; more are new than may be returned, nothing was appended
 --   hole     number of a record that is not there (yet), nothing was appended
 --   short    number of the last record, which is before the one the caller has read
@@ -61,7 +65,8 @@ if next <= last then
   end
 end
 
-if #ARGV > 4 then
+local first = 7 + tonumber(ARGV[6])
+if #ARGV >= first then
   -- A record carries its writer and its place in that writer's sequence, so no two are equal. One
   -- that is among the news was appended by an attempt whose answer was lost, and attempts that
   -- arrive late find the records of those that overtook them.
@@ -70,12 +75,23 @@ if #ARGV > 4 then
     known[record] = true
   end
   local fresh = {}
-  for index = 5, #ARGV do
+  for index = first, #ARGV do
     if not known[ARGV[index]] then
       fresh[#fresh + 1] = ARGV[index]
     end
   end
   if #fresh > 0 then
+    if ARGV[5] == '1' and #news > 0 then
+      return {'moved', last, news}
+    end
+    -- The leases first: if that key holds something else, nothing has been written yet.
+    if first > 7 then
+      local time = redis.call('TIME')
+      local now_ms = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
+      for index = 7, first - 1 do
+        redis.call('HSET', KEYS[3], ARGV[index], now_ms)
+      end
+    end
     redis.call('SET', KEYS[1], string.format('%d', last + #fresh))
     for index, record in ipairs(fresh) do
       redis.call('SET', key_of(last + index), record)

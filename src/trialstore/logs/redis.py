@@ -22,7 +22,7 @@ Source: docs/formats/redis.md; Optuna ``JournalRedisBackend``; Redis "Scripting 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 import hashlib
 import json
@@ -49,7 +49,7 @@ from trialstore.errors import (
     OutcomeUnknownError,
 )
 from trialstore.findings import Finding
-from trialstore.log import START, Batch, Cursor, Entry, Wanted
+from trialstore.log import START, Batch, Cursor, Decide, Entry, Wanted
 from trialstore.records import (
     AnyOperation,
     DeleteStudy,
@@ -58,6 +58,7 @@ from trialstore.records import (
     decode_lines,
     encode_dict,
     encode_line,
+    owners_of_started,
 )
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +93,27 @@ _SCRIPT_PATH: Final = Path(__file__).with_name("redis.lua")
 _RELEASE_SCRIPT: Final = (
     "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 )
+# Taken only if nobody has taken it since; what a cluster with a plain prefix does on a condition.
+_RESERVE_SCRIPT: Final = (
+    "if (redis.call('GET', KEYS[1]) or '-1') ~= ARGV[1] then return 0 end "
+    "redis.call('SET', KEYS[1], ARGV[2]) return 1"
+)
+# Leases are told and compared by the server's clock, in milliseconds.
+_NOW_MS: Final = (
+    "local time = redis.call('TIME') local now_ms = time[1] * 1000 + math.floor(time[2] / 1000) "
+)
+_RENEW_SCRIPT: Final = (
+    f"{_NOW_MS} for _, owner in ipairs(ARGV) do "
+    "redis.call('HSET', KEYS[1], owner, string.format('%d', now_ms)) end"
+)
+_AGES_SCRIPT: Final = (
+    f"{_NOW_MS} local ages = redis.call('HMGET', KEYS[1], unpack(ARGV)) "
+    "for i = 1, #ages do if ages[i] then ages[i] = now_ms - ages[i] end end return ages"
+)
+_OWNERS_MAX: Final = 1000  # a script takes only so many arguments apart
+# Who came too late to append on a condition tries again at once, but not all at the same moment.
+_COLLISION_PAUSE_S: Final = 0.001
+_COLLISION_PAUSE_MAX_S: Final = 0.02
 # A record about a study that can't exist: replayed by any Optuna, it changes nothing.
 _FILLER_RECORD: Final = DeleteStudy(worker_id="trialstore-hole", study_id=-1)
 _FILLER: Final = encode_line(_FILLER_RECORD)[:-1]
@@ -224,6 +246,10 @@ def _pack(args: Sequence[Any]) -> bytes:
         value = arg if type(arg) is bytes else str(arg).encode()
         parts.append(b"$%d\r\n%b\r\n" % (len(value), value))
     return b"".join(parts)
+
+
+def _send_one(door: _Door, command: tuple[Any, ...]) -> Any:
+    return door.command(*command)
 
 
 def _send(door: _Door, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -453,6 +479,7 @@ class RedisLog(BaseJournalBackend):
         self._read_position = _BEGIN
         self._mark = f"{uuid.uuid4().hex[:16]}-"
         self._n_marked = 0
+        self._leased: set[str] = set()
         _logs.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -487,6 +514,10 @@ class RedisLog(BaseJournalBackend):
         return f"{self._prefix}:trialstore:complete"
 
     @property
+    def _leases_key(self) -> str:
+        return f"{self._prefix}:trialstore:leases"
+
+    @property
     def _snapshot_key(self) -> str:
         return f"{self._prefix}:trialstore:snapshot"
 
@@ -511,10 +542,34 @@ class RedisLog(BaseJournalBackend):
         position = _BEGIN if cursor is START else _Position(*cursor)
         lines = [encode_line(record)[:-1] for record in records]
         with self._mutex:
-            news, after = self._exchange_lines(lines, position)
+            news, after = self._exchange_lines(lines, position, self._owners(records))
         if not news:
             return Batch(None, (), cursor)
         return Batch(None, self._decode(news, position.number), tuple(after))
+
+    def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
+        """See ``ConditionalLog``, and ``exchange`` for what it raises.
+
+        Nobody is kept out: ``decide`` runs again for as long as somebody else has appended
+        meanwhile, whatever it was.
+        """
+        position = _BEGIN if cursor is START else _Position(*cursor)
+        pause_s = _COLLISION_PAUSE_S
+        with self._mutex:
+            lines: list[bytes] = []
+            news, after = self._exchange_lines(lines, position)
+            while set(lines).isdisjoint(news):
+                if lines:
+                    self._clock.sleep(pause_s * random.random())
+                    pause_s = min(2 * pause_s, _COLLISION_PAUSE_MAX_S)
+                records = decide(self._decode(news, position.number), tuple(after))
+                position = after
+                if not records:
+                    return Batch(None, (), tuple(after))
+                lines = [encode_line(record)[:-1] for record in records]
+                owners = self._owners(records)
+                news, after = self._exchange_lines(lines, position, owners, alone=True)
+            return Batch(None, self._decode(news, position.number), tuple(after))
 
     def close(self) -> None:
         """Close the connection; a later call opens another."""
@@ -564,47 +619,69 @@ class RedisLog(BaseJournalBackend):
     # --- exchanging lines --------------------------------------------------------------------
 
     def _exchange_lines(
-        self, lines: list[bytes], position: _Position
+        self,
+        lines: list[bytes],
+        position: _Position,
+        owners: Sequence[str] = (),
+        *,
+        alone: bool = False,
     ) -> tuple[list[bytes], _Position]:
-        """Append lines, each unique; return what is new after ``position``, they included."""
+        """Append lines, each unique; return what is new after ``position``, they included.
+
+        Args:
+            owners: Whose leases are renewed with it.
+            alone: Append only if nothing is new; else none of the lines is in the answer.
+        """
         self._is_uncertain = False
         self._ask(lambda door: None)  # whether the keys are in one slot is known from here on
         if self._in_slots:
-            news = self._exchange_in_slots(lines, position)
+            if owners:
+                self._beat(owners)
+            news = self._exchange_in_slots(lines, position, alone)
         else:
-            news = self._exchange_by_script(lines, position)
+            news = self._exchange_by_script(lines, position, owners, alone)
         self._is_uncertain = False
         return news, _position_after(position, news)
 
-    def _exchange_by_script(self, lines: list[bytes], position: _Position) -> list[bytes]:
+    def _exchange_by_script(
+        self, lines: list[bytes], position: _Position, owners: Sequence[str], alone: bool
+    ) -> list[bytes]:
         news: list[bytes] = []
         while True:
-            status, number, found = self._run_script(position, lines)
+            status, number, found = self._run_script(position, lines, owners, alone)
             if status == b"behind":
                 found = self._read(position.number, number)
             elif status == b"hole":
                 self._close_hole(number)
                 continue
-            elif status != b"ok":
+            elif status not in (b"ok", b"moved"):
                 self._raise_damaged(status, number, found, position)
             news += found
+            if status == b"moved":
+                return news
             if status == b"ok":
                 return news + _without(lines, found)
             position = _position_after(position, found)
             # An attempt whose answer was lost may have appended them. What is not among the
             # records read was not appended: an attempt that comes late sees these as news.
-            lines = _without(lines, found)
+            lines = [] if alone else _without(lines, found)
 
-    def _run_script(self, position: _Position, lines: list[bytes]) -> tuple[bytes, int, Any]:
+    def _run_script(
+        self, position: _Position, lines: list[bytes], owners: Sequence[str], alone: bool
+    ) -> tuple[bytes, int, Any]:
         body, sha = _script()
         args = (
-            2,
+            3,
             self._number_key,
             self._complete_key,
+            self._leases_key,
             f"{self._prefix}:log:",
             position.number,
             position.tail.encode("latin-1"),
             _NEWS_MAX,
+            int(alone),
+            len(owners),
+            *owners,
             *lines,
         )
 
@@ -618,7 +695,9 @@ class RedisLog(BaseJournalBackend):
         status, number, found = self._ask(run, appends=bool(lines))
         return status, number, found
 
-    def _exchange_in_slots(self, lines: list[bytes], position: _Position) -> list[bytes]:
+    def _exchange_in_slots(
+        self, lines: list[bytes], position: _Position, alone: bool
+    ) -> list[bytes]:
         """Without the script, which can't reach keys in several slots.
 
         A crash after the reservation leaves holes, one in the middle of the writing leaves some
@@ -629,7 +708,12 @@ class RedisLog(BaseJournalBackend):
         while lines:
             number = position.number + len(news)
             # Nobody is told of a reservation whose answer is lost; it becomes a hole.
-            last = self._ask(functools.partial(self._reserve, count=len(lines)))
+            if not alone:
+                last = self._ask(functools.partial(self._reserve, count=len(lines)))
+            elif not news and self._reserve_after(number - 1, len(lines)):
+                last = number - 1 + len(lines)
+            else:
+                return news + self._read(number, self._ask(self._last_number))
             end, first = last + 1, last + 1 - len(lines)
             if first < number:
                 # The number was lost since it was looked at, and the reservation began it anew.
@@ -644,7 +728,7 @@ class RedisLog(BaseJournalBackend):
             news += found
             mine = found[len(found) - len(lines) :]
             kept = sum(line == own for line, own in zip(mine, lines, strict=True))
-            if mine[:kept] != lines[:kept]:
+            if mine[:kept] != lines[:kept] or (alone and 0 < kept < len(lines)):
                 raise OutcomeUnknownError(
                     f"{self._address}: this writer was stopped for so long in the middle of a "
                     f"batch that others filled some of its records, {self._key(first)} and "
@@ -658,6 +742,11 @@ class RedisLog(BaseJournalBackend):
         """Take the next numbers; returns the last of them."""
         door.command("SET", self._number_key, -1, "NX")
         return int(door.command("INCRBY", self._number_key, count))
+
+    def _reserve_after(self, last: int, count: int) -> bool:
+        """Take the next numbers, unless somebody has taken any after ``last``."""
+        command = ("EVAL", _RESERVE_SCRIPT, 1, self._number_key, last, last + count)
+        return bool(self._ask(lambda door: door.command(*command)))
 
     def _last_number(self, door: _Door) -> int:
         stored = door.command("GET", self._number_key)
@@ -763,6 +852,54 @@ class RedisLog(BaseJournalBackend):
             if record.seq < 0:
                 seen.add(record.worker_id)
         return False
+
+    # --- leases ------------------------------------------------------------------------------
+
+    def take_lease(self, owner: str) -> None:
+        """See ``LeaseStore``."""
+        with self._mutex:
+            self._leased.add(owner)
+
+    def renew_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``; the lease is the owner's, whichever trials it runs.
+
+        Raises:
+            LogUnavailableError, LogCorruptError: As for ``exchange``.
+        """
+        with self._mutex:
+            self._beat([owner])
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``, and ``renew_lease``."""
+        with self._mutex:
+            self._leased.discard(owner)
+            self._ask(lambda door: door.command("HDEL", self._leases_key, owner))
+
+    def expired(
+        self, study_id: int, running: Mapping[int, str], grace_period_s: float
+    ) -> Sequence[int]:
+        """See ``LeaseStore``, and ``renew_lease``."""
+        owners = sorted({owner for owner in running.values() if owner})
+        dead: set[str] = set()
+        for first in range(0, len(owners), _OWNERS_MAX):
+            some = owners[first : first + _OWNERS_MAX]
+            command = ("EVAL", _AGES_SCRIPT, 1, self._leases_key, *some)
+            with self._mutex:
+                ages_ms = self._ask(functools.partial(_send_one, command=command))
+            dead |= {
+                owner
+                for owner, age_ms in zip(some, ages_ms, strict=True)
+                if age_ms is not None and age_ms > grace_period_s * 1000
+            }
+        return [trial_id for trial_id, owner in running.items() if owner in dead]
+
+    def _owners(self, records: Sequence[AnyOperation]) -> list[str]:
+        """Those whose leases cover trials that these records create or claim."""
+        return sorted(owners_of_started(records) & self._leased) if self._leased else []
+
+    def _beat(self, owners: Sequence[str]) -> None:
+        command = ("EVAL", _RENEW_SCRIPT, 1, self._leases_key, *owners)
+        self._ask(lambda door: door.command(*command))
 
     # --- snapshots ---------------------------------------------------------------------------
 
