@@ -21,7 +21,7 @@ Source: docs/formats/journal.md.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta, timezone
 import enum
 import json
@@ -207,6 +207,18 @@ class PutParam(Image, frozen=True, tag=102):
     study_id: int
     param_name: str
     distribution: str
+
+
+def first_params(images: Iterable[PutTrial]) -> list[PutParam]:
+    """What the trials of a study, by id, say of its parameters: the first one of each name."""
+    first: dict[str, PutParam] = {}
+    for image in images:
+        for name, distribution in zip(image.params, image.distributions, strict=True):
+            if name not in first:
+                first[name] = PutParam(
+                    study_id=image.study_id, param_name=name, distribution=distribution
+                )
+    return list(first.values())
 
 
 class PutPositions(Image, frozen=True, tag=103):

@@ -204,7 +204,7 @@ class Replica:
                     values = [record.value]
                 self._set_state(trial, record.state, values)
                 for name, internal in record.params.items():
-                    self._set_param(trial, name, internal, record.distributions.get(name))
+                    self._use_param(trial, name, internal, record.distributions.get(name))
                 trial.intermediate_values = _readable_steps(trial, record.intermediate_values)
             trial.user_attrs = dict(record.user_attrs)
             trial.system_attrs = dict(record.system_attrs)
@@ -221,7 +221,7 @@ class Replica:
             trial.warn_unreadable(f"distribution of {record.param_name!r}", error)
             return ACCEPTED
         if outcome is ACCEPTED:
-            self._set_param(
+            self._use_param(
                 trial, record.param_name, record.param_value_internal, record.distribution
             )
             trial.view = None
@@ -247,8 +247,15 @@ class Replica:
         name = sys.intern(name)
         trial.params[name] = external
         trial.distributions[name] = distribution
-        if name not in study.distributions:
-            study.distributions[name] = distribution
+
+    def _use_param(
+        self, trial: TrialContents, name: str, internal: float, json: str | None
+    ) -> None:
+        """As an operation does, which others follow; an image may be of any trial, and only a
+        ``PutParam`` beside it tells whose distribution was the study's first."""
+        self._set_param(trial, name, internal, json)
+        if name in trial.distributions:
+            trial.study.distributions.setdefault(name, trial.distributions[name])
 
     def _apply_set_trial_state_values(self, record: r.SetTrialStateValues) -> Outcome:
         trial = self._unfinished.get(record.trial_id)

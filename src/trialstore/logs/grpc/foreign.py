@@ -435,6 +435,7 @@ class _Reading:
             return
         before = self.known[study_id]
         finished_id, held = before.finished_id, []
+        n_before = len(self.news)
         try:
             for trial in self._methods.trials_after(study_id, finished_id, before.held):
                 self._put_trial(trial, study_id)
@@ -446,6 +447,8 @@ class _Reading:
             self._forget(study_id)
             return
         self.known[study_id] = _StudyCursor(study_id, before.name, finished_id, tuple(held))
+        images = [x for x in self.news[n_before:] if isinstance(x, r.PutTrial)]
+        self.news += r.first_params(images)
 
     def _study_of_held(self, trial_id: int) -> int | None:
         for study in self.known.values():

@@ -25,7 +25,16 @@ from trialstore.logs.relational.cursor import (
 )
 from trialstore.logs.relational.dialects import Dialect, Rows, Step
 from trialstore.logs.relational.images import Decoder
-from trialstore.records import RUNNING, WAITING, DeleteStudy, PutParam, PutStudy, PutTrial, Record
+from trialstore.records import (
+    RUNNING,
+    WAITING,
+    DeleteStudy,
+    PutParam,
+    PutStudy,
+    PutTrial,
+    Record,
+    first_params,
+)
 
 _UNKNOWN: Final = StudyCursor("", b"", ())
 
@@ -89,6 +98,8 @@ class Reading:
         trials.sort(key=lambda x: (x.study_id, x.trial_id))
         gone = [DeleteStudy(worker_id="", study_id=one) for one in self._gone]
         params = [x for x in self._put_params if x.study_id in self._after]
+        for study_id in self._wanted.trials_of:
+            params += first_params(x for x in trials if x.study_id == study_id)
         return [*gone, *self._put_studies.values(), *trials, *params]
 
     def cursor(self) -> Studies:

@@ -314,6 +314,25 @@ class RefusalSuite(SuiteBase):
         assert [trial.params["x"] for trial in reader.get_all_trials(study_id)] == [0.5, 0.25]
         assert reader.get_best_trial(study_id).number == 1
 
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_a_queued_template_is_not_what_later_parameters_must_match(
+        self, storage: Storage, other: Storage, study_id: int, trial_id: int, whole: bool
+    ) -> None:
+        """It may have any distribution, and its reader may know no other trial yet."""
+        storage.set_trial_param(trial_id, "x", 0.5, UNIT)
+        template = create_trial(
+            state=TrialState.WAITING, params={"x": "b"}, distributions={"x": CHOICES}
+        )
+        queued = storage.create_new_trial(study_id, template)
+        (trial,) = other.get_all_trials(study_id, states=(TrialState.WAITING,))
+        assert trial._trial_id == queued
+        if whole:
+            other.get_all_trials(study_id)
+        running = other.create_new_trial(study_id)
+        with pytest.raises(ValueError):
+            other.set_trial_param(running, "x", 1.0, CHOICES)
+        other.set_trial_param(running, "x", 0.5, UNIT)
+
     def test_best_trial_of_two_objectives_is_refused(self, storage: Storage) -> None:
         study_id = storage.create_new_study([MINIMIZE, MINIMIZE])
         with pytest.raises(RuntimeError):
