@@ -9,7 +9,6 @@ from typing import ClassVar
 from unittest import TestCase
 
 from hypothesis import HealthCheck, settings
-import pytest
 
 from backends import BACKENDS, SERVER_BACKENDS, Backend
 from trialstore.testing.machine import StorageMachine
@@ -49,11 +48,7 @@ def _name(backend: Backend) -> str:
 
 
 for _backend in (*BACKENDS, *SERVER_BACKENDS):
-    if _backend.capabilities.shared and _backend.capabilities.keeps_microseconds:
+    if _backend.capabilities.shared:
         globals()[f"TestMachineOn{_name(_backend)}"] = _test_case(_backend, True)
-    elif _backend.capabilities.shared:
-        globals()[f"TestMachineOn{_name(_backend)}"] = pytest.mark.xfail(
-            reason="issue 4: MariaDB under the stateful machine", strict=False
-        )(_test_case(_backend, True))
     if _backend.capabilities.shared and _backend.capabilities.reuses_ids:
         globals()[f"TestMachineWithReusedIdsOn{_name(_backend)}"] = _test_case(_backend, False)
