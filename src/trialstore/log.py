@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import msgspec
 
 from trialstore.findings import Finding
-from trialstore.records import AnyOperation, Outcome, PutTrial, Record
+from trialstore.records import AnyOperation, Outcome, PutTrial, Record, Verdict
 
 Cursor = Any
 """Position after the last record applied; opaque outside its log; ``START`` is before the first.
@@ -134,6 +134,76 @@ class Limited(Protocol):
 
     def check(self, records: Sequence[AnyOperation]) -> None:
         """Raises ValueError for a record that can't be kept, saying what to do instead."""
+        ...
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What a catalogue says of a study that has trials.
+
+    Args:
+        counts: State to number of trials; states without trials may be missing.
+        datetime_start: When the first of its trials began; None if none did.
+        best_trial_id: As ``Catalogue.best_trial_id``; None with several objectives.
+    """
+
+    counts: Mapping[int, int]
+    datetime_start: str | None
+    best_trial_id: int | None
+
+
+@runtime_checkable
+class Catalogue(Protocol):
+    """A log that can answer about studies without handing out their trials.
+
+    Each is one round trip, and as true as an exchange that began with the call.
+    """
+
+    def counts(self, study_id: int) -> Mapping[int, int] | None:
+        """State to number of trials, as in ``Summary``; None for a study that does not exist."""
+        ...
+
+    def best_trial_id(self, study_id: int, maximize: bool) -> int | None:
+        """Id of the COMPLETE trial with the best first value, the oldest of equals, if any."""
+        ...
+
+    def summaries(self) -> Mapping[int, Summary]:
+        """Every study that has trials, by its id."""
+        ...
+
+
+class Versioned(Protocol):
+    """A log whose store has a schema, which has versions."""
+
+    def get_current_version(self) -> str:
+        """The version of the store as it is. Raises IncompatibleSchemaError if it has none."""
+        ...
+
+    def get_head_version(self) -> str:
+        """The version that this log works on."""
+        ...
+
+    def get_all_versions(self) -> Sequence[str]:
+        """All versions that there ever were, newest first."""
+        ...
+
+    def upgrade(self) -> None:
+        """Bring the store to the latest version; interrupted, it may be called again.
+
+        Raises:
+            IncompatibleSchemaError: There is nothing to upgrade, or it is of a newer version.
+        """
+        ...
+
+
+class Piecewise(Protocol):
+    """A log that can set alone what is part of one operation since Optuna 3."""
+
+    def set_directions(self, study_id: int, directions: Sequence[int]) -> Verdict:
+        """Directions of a study whose directions are NOT_SET; INCOMPATIBLE if it has others."""
+        ...
+
+    def set_values(self, trial_id: int, values: Sequence[float]) -> Verdict:
+        """Values of an unfinished trial, whose state stays as it is."""
         ...
 
 

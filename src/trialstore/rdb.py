@@ -7,12 +7,11 @@ from typing import Any
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
 from trialstore.credentials import secret
-from trialstore.log import Wanted
 from trialstore.logs.relational.log import TablesLog
-from trialstore.storage import Storage
+from trialstore.older import OlderMethods
 
 
-class RDBStorage(Storage):
+class RDBStorage(OlderMethods):
     """A storage over Optuna's own tables; plain Optuna workers may use them at the same time.
 
     Args:
@@ -78,5 +77,3 @@ class RDBStorage(Storage):
             max_staleness_s=max_staleness_s,
             clock=clock,
         )
-        # An unreachable or incompatible database is told of here, not in the middle of a study.
-        self._exchanger.run((), Wanted(catalogue=True))

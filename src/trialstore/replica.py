@@ -342,9 +342,20 @@ class Replica:
             if self._focus is not None and record.study_id not in self._focus:
                 study.loaded = False
                 self._n_unloaded += 1
+        else:
+            self._set_directions(study, _readable_directions(study.name, record.directions))
         study.user_attrs = record.user_attrs
         study.system_attrs = record.system_attrs
         return ACCEPTED
+
+    def _set_directions(self, study: StudyContents, directions: list[StudyDirection]) -> None:
+        """Of a study that was made without, as it was done before Optuna 3."""
+        if directions == study.directions:
+            return
+        study.directions, study.best_id = directions, None
+        for slot in study.slots:
+            if slot.state == r.COMPLETE and slot.values and len(directions) == 1:
+                self._note_best(study, slot.values[0], slot_id(slot))
 
     def _apply_put_trial(self, record: r.PutTrial) -> Outcome:
         study = self._studies.get(record.study_id)
@@ -427,12 +438,16 @@ class Replica:
             study.unread.add(trial.index)
             if state == r.COMPLETE and len(study.directions) == 1:
                 assert trial.values is not None
-                if _is_better(study, trial.values[0], trial.id):
-                    study.best_id, study.best_value = trial.id, trial.values[0]
+                self._note_best(study, trial.values[0], trial.id)
         else:
             self._unfinished[trial.id] = study.unfinished[trial.id] = trial
             if state == r.WAITING:
                 study.waiting[trial.id] = trial
+
+    @staticmethod
+    def _note_best(study: StudyContents, value: float, trial_id: int) -> None:
+        if _is_better(study, value, trial_id):
+            study.best_id, study.best_value = trial_id, value
 
     def _remove_from_indexes(self, trial: TrialContents) -> None:
         """Of an unfinished trial; a finished one stays where it is."""

@@ -40,7 +40,7 @@ from trialstore.clock import CLOCK, Clock
 from trialstore.contents import parse_distribution
 from trialstore.exchange import Alone, Exchanger
 from trialstore.heartbeat import Heartbeat
-from trialstore.log import NOTHING, LeaseStore, Limited, Log, Wanted
+from trialstore.log import NOTHING, Catalogue, LeaseStore, Limited, Log, Wanted
 from trialstore.records import ACCEPTED, Outcome, Verdict
 from trialstore.replica import Replica
 
@@ -52,6 +52,19 @@ _STUDY_NAME_PREFIX = "no-name-"
 _WAITING_ONLY = (TrialState.WAITING,)
 _FRESH_MAX = 4096
 _NOT_COVERED = contextlib.nullcontext()
+_OF_THIS_PROCESS = (
+    "_exchanger",
+    "_owned",
+    "_fresh",
+    "_read_at_s",
+    "_limits",
+    "_heartbeat",
+    "_followed",
+    "_asked",
+)
+_ASKED_MAX = 32
+"""So often a catalogue is asked about a study before its trials are followed instead: a question
+there costs a walk over the study, about a thirtieth of reading it once and for all."""
 
 
 class Storage(BaseStorage, BaseHeartbeat):
@@ -131,11 +144,15 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._heartbeat = Heartbeat(
             self._exchanger, self.get_heartbeat_interval, self._owned_running, self._clock
         )
+        # Studies all of whose trials the replica has been given, and how often others were asked
+        # about.
+        self._followed: set[int] = set()
+        self._asked: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
         state = self.__dict__.copy()
-        for name in ("_exchanger", "_owned", "_fresh", "_read_at_s", "_limits", "_heartbeat"):
+        for name in _OF_THIS_PROCESS:
             del state[name]
         state["log"] = self._exchanger.log
         return state
@@ -193,8 +210,18 @@ class Storage(BaseStorage, BaseHeartbeat):
                 if len(self._read_at_s) >= _FRESH_MAX:
                     self._read_at_s.clear()
                 self._read_at_s[wanted] = began_s
+        self._followed |= wanted.trials_of
         with exchanger.mutex:
             return answer(exchanger.replica)
+
+    def _catalogue(self, study_id: int) -> Catalogue | None:
+        """Who answers about a study whose trials the replica does not hold, if that is cheaper
+        than to follow them from now on."""
+        log = self._exchanger.log
+        if study_id in self._followed or not isinstance(log, Catalogue):
+            return None
+        asked = self._asked[study_id] = self._asked.get(study_id, 0) + 1
+        return log if asked <= _ASKED_MAX else None
 
     def _is_recent(self, wanted: Wanted) -> bool:
         read_at_s = self._read_at_s.get(wanted)
@@ -388,7 +415,14 @@ class Storage(BaseStorage, BaseHeartbeat):
         return self._read_constant(study_id, lambda replica: replica.study_name(study_id))
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        return self._read_constant(study_id, lambda replica: replica.directions(study_id))
+        directions = self._read_constant(study_id, lambda replica: replica.directions(study_id))
+        if StudyDirection.NOT_SET in directions:
+            # Somebody may set them, in the way of Optuna before version 3.
+            directions = self._read(
+                Wanted(studies=frozenset((study_id,))),
+                lambda replica: replica.directions(study_id),
+            )
+        return directions
 
     def _read_constant(self, study_id: int, answer: Callable[[Replica], _T]) -> _T:
         """Names and directions never change: once known they need no exchange."""
@@ -600,15 +634,29 @@ class Storage(BaseStorage, BaseHeartbeat):
         self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None
     ) -> int:
         states = (state,) if isinstance(state, TrialState) else state
+        catalogue = self._catalogue(study_id)
+        if catalogue is not None:
+            counts = self._exchanger.use_log(lambda log: log.counts(study_id))
+            if counts is None:
+                raise KeyError(f"There is no study with id {study_id}.")
+            return sum(n for code, n in counts.items() if states is None or code in states)
         return self._read(
             _trials_wanted(study_id, states), lambda replica: replica.count(study_id, states)
         )
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
-        return self._read(
-            _trials_of(study_id),
-            lambda replica: replica.best_trial(study_id),
-        )
+        directions = self.get_study_directions(study_id)
+        if len(directions) == 1 and self._catalogue(study_id) is not None:
+            maximize = directions[0] == StudyDirection.MAXIMIZE
+            best_id = self._exchanger.use_log(lambda log: log.best_trial_id(study_id, maximize))
+            if best_id is not None:
+                trial = self.get_trial(best_id)
+                if trial.state == TrialState.COMPLETE:
+                    return trial
+                # Its values can't be read; the replica knows which is the best of the others.
+        of = frozenset((study_id,))
+        wanted = Wanted(trials_of=of) if len(directions) == 1 else Wanted(studies=of)
+        return self._read(wanted, lambda replica: replica.best_trial(study_id))
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         with self._exchanger.mutex:

@@ -596,9 +596,12 @@ def test_the_catalogue_counts_without_loading(url: str) -> None:
     assert one.log.best_trial_id(study_id, False) == ids[2]
     assert one.log.best_trial_id(study_id, True) == ids[1]
     assert one.log.best_trial_id(empty_id, True) is None
-    states, start = one.log.summaries()[study_id]
-    assert states == {r.COMPLETE: 5, r.WAITING: 1}
+    assert one.log.counts(empty_id + 1) is None
+    (summary,) = one.log.summaries().values()
+    assert summary.counts == {r.COMPLETE: 5, r.WAITING: 1}
+    start = summary.datetime_start
     assert start is not None and start[:19] in (time(0)[:19], time(1)[:19])
+    assert summary.best_trial_id == ids[2]
 
 
 def test_pickled_it_carries_its_address(shared_url: str) -> None:

@@ -23,7 +23,7 @@ from trialstore.clock import CLOCK, Clock
 from trialstore.credentials import Secret
 from trialstore.errors import LogUnavailableError
 from trialstore.findings import Finding
-from trialstore.log import START, Batch, Cursor, Decide, Overview, Wanted
+from trialstore.log import START, Batch, Cursor, Decide, Overview, Summary, Wanted
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.conditional import ConditionalExchange
 from trialstore.logs.relational.cursor import read_cursor
@@ -41,8 +41,9 @@ from trialstore.logs.relational.exchange import Exchange
 from trialstore.logs.relational.findings import findings_in_tables
 from trialstore.logs.relational.images import Decoder
 from trialstore.logs.relational.limits import check_values
+from trialstore.logs.relational.pieces import set_directions, set_values
 from trialstore.logs.relational.schema import Schema, database_bytes
-from trialstore.records import Operation, PutTrial
+from trialstore.records import Operation, PutTrial, Verdict
 
 _logger = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -219,27 +220,53 @@ class TablesLog:
     def _ask(self, *steps: Step) -> list[Rows]:
         return self._persistently(lambda: self._connected().run(steps))
 
-    def counts(self, study_id: int) -> dict[int, int]:
-        """State to number of trials; empty for a study that does not exist."""
-        rows = self._ask(self._dialect.step(s.counts, study_id=study_id))[0]
-        return {t.STATES.index(state): n for state, n in rows if state in t.STATES}
+    def counts(self, study_id: int) -> dict[int, int] | None:
+        """See ``Catalogue``."""
+        *states, (_, exists) = self._ask(self._dialect.step(s.counts, study_id=study_id))[0]
+        if not exists:
+            return None
+        return {t.STATES.index(state): n for state, n in states if state in t.STATES}
 
     def best_trial_id(self, study_id: int, maximize: bool) -> int | None:
-        """Id of the COMPLETE trial with the best first value, of equals the oldest."""
+        """See ``Catalogue``."""
         rows = self._ask(self._dialect.step(s.best_trial, maximize, study_id=study_id))[0]
         return rows[0][0] if rows else None
 
-    def summaries(self) -> dict[int, tuple[dict[int, int], str | None]]:
-        """Study id to its counts by state and the start of its first trial, for every study that
-        has trials."""
-        found: dict[int, tuple[dict[int, int], str | None]] = {}
-        for study_id, state, n, start in self._ask(self._dialect.step(s.summaries))[0]:
-            states, first = found.get(study_id, ({}, None))
+    def summaries(self) -> dict[int, Summary]:
+        """See ``Catalogue``."""
+        d = self._dialect
+        states, bests = self._ask(d.step(s.summaries), d.step(s.best_trials))
+        best_of = dict(bests)
+        counts: dict[int, dict[int, int]] = {}
+        starts: dict[int, str | None] = {}
+        for study_id, state, n, start in states:
+            known = counts.setdefault(study_id, {})
             if state in t.STATES:
-                states[t.STATES.index(state)] = n
-            time = record_time(start)
-            found[study_id] = (states, min(filter(None, (first, time)), default=None))
-        return found
+                known[t.STATES.index(state)] = n
+            both = (starts.get(study_id), record_time(start))
+            starts[study_id] = min((time for time in both if time is not None), default=None)
+        return {
+            study_id: Summary(known, starts[study_id], best_of.get(study_id))
+            for study_id, known in counts.items()
+        }
+
+    # --- pieces of operations, for callers of older methods ---
+
+    def set_directions(self, study_id: int, directions: Sequence[int]) -> Verdict:
+        """See ``Piecewise``."""
+        return self._set_piece(lambda session: set_directions(session, study_id, directions))
+
+    def set_values(self, trial_id: int, values: Sequence[float]) -> Verdict:
+        """See ``Piecewise``."""
+        return self._set_piece(lambda session: set_values(session, trial_id, values))
+
+    def _set_piece(self, write: Callable[[Session], Verdict]) -> Verdict:
+        def attempt() -> Verdict:
+            session = self._connected()
+            self._be_durable(session, True)
+            return write(session)
+
+        return self._persistently(attempt)
 
     # --- reading past everything that a storage expects ---
 
@@ -261,7 +288,7 @@ class TablesLog:
         if best_id is not None:
             news = self.exchange((), START, Wanted(trials=frozenset((best_id,)))).news
             best = next((x for x in news if isinstance(x, PutTrial)), None)
-        return Overview(self.counts(study_id), best, record_time(first), record_time(last))
+        return Overview(self.counts(study_id) or {}, best, record_time(first), record_time(last))
 
     def facts(self) -> dict[str, Any]:
         """See ``Described``."""
@@ -339,6 +366,10 @@ class TablesLog:
     def get_all_versions(self) -> list[str]:
         """All versions that there ever were, newest first."""
         return self.schema.get_all_versions()
+
+    def upgrade(self) -> None:
+        """Bring the tables to the latest version; see ``Schema.upgrade``."""
+        self._persistently(self.schema.upgrade)
 
     # --- connections ---
 

@@ -5,15 +5,21 @@ Source: docs/formats/tables.md, "Versions".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 import logging
+from pathlib import Path
+import threading
 from typing import Any, Final
 
+from alembic import command
+from alembic.config import Config
 import optuna
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from trialstore.errors import IncompatibleSchemaError
+from trialstore.errors import IncompatibleSchemaError, LogUnavailableError
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.dialects import Dialect, Fault, Session
 
@@ -37,6 +43,10 @@ _LOCK_NAME: Final = "trialstore-schema"
 _LOCK_NUMBER: Final = 0x7472_6961_6C73_746F  # "trialsto"
 _LOCK_WAIT_S: Final = 60
 
+_MIGRATIONS: Final = Path(__file__).parent / "migrations"
+_one_upgrade: Final = threading.Lock()
+"""Alembic keeps the migration that is running in module globals."""
+
 
 class Schema:
     """The version of the tables behind an engine."""
@@ -44,6 +54,10 @@ class Schema:
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
         self._name = name
+
+    @property
+    def _shown_url(self) -> str:
+        return self._engine.url.render_as_string(hide_password=True)
 
     # --- opening ---
 
@@ -75,7 +89,7 @@ class Schema:
         return None if row is None else str(row[0])
 
     def _advice(self, version: str | None) -> str:
-        url = self._engine.url.render_as_string(hide_password=True)
+        url = self._shown_url
         if version is None:
             return f"{url} holds no tables of Optuna; leave out skip_table_creation to make them."
         if version in VERSIONS:
@@ -99,15 +113,17 @@ class Schema:
         run("BEGIN IMMEDIATE")
         try:
             made = {row[0] for row in raw.execute("SELECT name FROM sqlite_master")}
-            for table in t.OPTUNA_TABLES:
+            known = None
+            if t.version_info.name in made:
+                known = raw.execute("SELECT schema_version FROM version_info").fetchone()
+            for table in _missing_at(known):
                 if table.name in made:
                     continue
                 run(str(CreateTable(table).compile(dialect=dialect)))
                 for index in table.indexes:
                     run(str(CreateIndex(index).compile(dialect=dialect)))
             if raw.execute("SELECT count(*) FROM alembic_version").fetchone()[0] == 0:
-                known = raw.execute("SELECT schema_version FROM version_info").fetchone()
-                version = self._initial_version(known[0] if known else None)
+                version = _version_of(known)
                 run("INSERT INTO alembic_version (version_num) VALUES (?)", (version,))
                 if known is None:
                     run(
@@ -119,42 +135,54 @@ class Schema:
             run("ROLLBACK")
             raise
 
-    @staticmethod
-    def _initial_version(schema_version: int | None) -> str:
-        """Tables from before Alembic have a ``version_info`` row of an older number."""
-        return VERSIONS[0] if schema_version not in (None, t.SCHEMA_VERSION) else t.HEAD_VERSION
-
     def _create_on_server(self) -> None:
         """Under a lock of the server's that creators share, because IF NOT EXISTS is no
         protection: two sessions may both find nothing and collide in the catalogue."""
+        with self._locked() as connection, connection.begin():
+            known = None
+            if sa.inspect(connection).has_table(t.version_info.name):
+                known = connection.execute(sa.select(t.version_info.c.schema_version)).first()
+            t.metadata.create_all(connection, tables=_missing_at(known))
+            rows = sa.select(sa.func.count()).select_from(t.alembic_version)
+            if connection.scalar(rows) == 0:
+                version = _version_of(known)
+                connection.execute(sa.insert(t.alembic_version).values(version_num=version))
+                if known is None:
+                    self._write_version_info(connection)
+            t.sessions.create(connection, checkfirst=True)
+
+    @staticmethod
+    def _write_version_info(connection: Connection) -> None:
+        """What Optuna writes into its own table beside Alembic's."""
+        connection.execute(sa.delete(t.version_info))
+        connection.execute(
+            sa.insert(t.version_info).values(
+                version_info_id=1,
+                schema_version=t.SCHEMA_VERSION,
+                library_version=optuna.__version__,
+            )
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[Connection]:
+        """A connection to a server, without a transaction, that holds the lock of all who create
+        or alter tables."""
         with self._engine.connect() as connection:
             self._lock(connection)
             try:
-                t.metadata.create_all(connection)
-                if (
-                    connection.scalar(sa.select(sa.func.count()).select_from(t.alembic_version))
-                    == 0
-                ):
-                    known = connection.scalar(sa.select(t.version_info.c.schema_version))
-                    version = self._initial_version(known)
-                    connection.execute(sa.insert(t.alembic_version).values(version_num=version))
-                    if known is None:
-                        row = {"version_info_id": 1, "schema_version": t.SCHEMA_VERSION}
-                        connection.execute(
-                            sa.insert(t.version_info).values(
-                                **row, library_version=optuna.__version__
-                            )
-                        )
-                t.sessions.create(connection, checkfirst=True)
-                connection.commit()
+                yield connection
             finally:
                 self._unlock(connection)
 
     def _lock(self, connection: Connection) -> None:
         if self._name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_lock(_LOCK_NUMBER)))
-        else:
-            connection.execute(sa.select(sa.func.get_lock(_LOCK_NAME, _LOCK_WAIT_S)))
+        elif connection.scalar(sa.select(sa.func.get_lock(_LOCK_NAME, _LOCK_WAIT_S))) != 1:
+            raise LogUnavailableError(
+                f"Somebody has been creating or upgrading the tables of {self._shown_url} for "
+                f"more than {_LOCK_WAIT_S} s; try again when that is done."
+            )
+        connection.commit()
 
     def _unlock(self, connection: Connection) -> None:
         if connection.in_transaction():
@@ -180,13 +208,8 @@ class Schema:
             if dialect.fault(error) is Fault.DENIED or not create:
                 return self._without_mark()
         try:
-            with self._engine.connect() as connection:
-                self._lock(connection)
-                try:
-                    t.sessions.create(connection, checkfirst=True)
-                    connection.commit()
-                finally:
-                    self._unlock(connection)
+            with self._locked() as connection, connection.begin():
+                t.sessions.create(connection, checkfirst=True)
         except sa.exc.DBAPIError as error:
             if error.orig is None or dialect.fault(error.orig) is not Fault.DENIED:
                 raise
@@ -199,7 +222,7 @@ class Schema:
             "There is no table %s in %s and it may not be created: if the connection breaks "
             "during a COMMIT, the outcome of that call can't be told.",
             t.sessions.name,
-            self._engine.url.render_as_string(hide_password=True),
+            self._shown_url,
         )
         return False
 
@@ -210,9 +233,17 @@ class Schema:
         return sa.inspect(self._engine).has_table(t.alembic_version.name)
 
     def get_current_version(self) -> str:
-        """The version of the tables as they are."""
+        """The version of the tables as they are.
+
+        Raises:
+            IncompatibleSchemaError: There are none.
+        """
         with self._engine.connect() as connection:
-            version = connection.execute(sa.select(t.alembic_version.c.version_num)).scalar()
+            if not sa.inspect(connection).has_table(t.alembic_version.name):
+                raise IncompatibleSchemaError(self._advice(None))
+            version = connection.scalar(sa.select(t.alembic_version.c.version_num))
+        if version is None:
+            raise IncompatibleSchemaError(self._advice(None))
         return str(version)
 
     def get_head_version(self) -> str:
@@ -222,6 +253,52 @@ class Schema:
     def get_all_versions(self) -> list[str]:
         """All versions, newest first."""
         return list(reversed(VERSIONS))
+
+    def upgrade(self) -> None:
+        """Bring the tables to the latest version; interrupted, it goes on where it stopped.
+
+        Where the database can, all is one transaction. MySQL commits with each statement that
+        alters a table, and keeps the version of the last script that came to its end.
+
+        Raises:
+            IncompatibleSchemaError: There are no tables, or they are of a newer version.
+        """
+        if self.get_current_version() not in VERSIONS:
+            raise IncompatibleSchemaError(self._advice(self.get_current_version()))
+        with _one_upgrade:
+            if self._name == "sqlite":
+                with self._engine.connect() as connection, connection.begin():
+                    # The driver begins no transaction by itself for statements that alter tables.
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    self._migrate(connection)
+            else:
+                with self._locked() as connection:
+                    if self._name == "postgresql":
+                        with connection.begin():
+                            self._migrate(connection)
+                    else:
+                        self._migrate(connection)
+
+    def _migrate(self, connection: Connection) -> None:
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        command.upgrade(config, "head")
+        # Optuna's history has no step for tables that it added later: it creates what is missing.
+        t.metadata.create_all(connection)
+        self._write_version_info(connection)
+        if self._name == "mysql":
+            connection.commit()
+
+
+def _version_of(known: Any) -> str:
+    """Tables from before Alembic have a ``version_info`` row of an older number, and are at the
+    first version that Alembic knows of."""
+    return VERSIONS[0] if known and known[0] != t.SCHEMA_VERSION else t.HEAD_VERSION
+
+
+def _missing_at(known: Any) -> list[sa.Table]:
+    """What to create, given the row of ``version_info``: of old tables none but their version."""
+    return list(t.OPTUNA_TABLES) if _version_of(known) == t.HEAD_VERSION else [t.alembic_version]
 
 
 def database_bytes(engine: Engine) -> int | None:

@@ -718,28 +718,42 @@ def incarnations(d: Dialect, studies: int, trials: int) -> Any:
 
 
 def counts(d: Dialect) -> Any:
+    """Rows (state, how many) of a study; one without a state that counts the study itself."""
     c = t.trials.c
     query = _select(d.as_text(c.state), sa.func.count()).where(c.study_id == _p("study_id"))
-    return query.group_by(c.state)
+    study = _select(sa.null(), sa.func.count()).where(t.studies.c.study_id == _p("study_id"))
+    return _union_all(query.group_by(c.state), study)
+
+
+def _readable() -> Any:
+    """Of the first value of a COMPLETE trial: rows that others wrote may lack the value."""
+    v = t.trial_values.c
+    return sa.and_(
+        t.trials.c.state == sa.literal_column("'COMPLETE'"),
+        v.objective == _ZERO,
+        sa.or_(v.value.is_not(None), v.value_type != sa.literal_column("'FINITE'")),
+    )
+
+
+def _rank() -> Any:
+    """Infinities are a type beside a NULL, which databases order each in their own way."""
+    kind = t.trial_values.c.value_type
+    return sa.case(
+        (kind == sa.literal_column("'INF_NEG'"), -_ONE),
+        (kind == sa.literal_column("'INF_POS'"), _ONE),
+        else_=_ZERO,
+    )
 
 
 def best_trial(d: Dialect, maximize: bool) -> Any:
     """The COMPLETE trial with the best first value, the oldest of equals."""
     c, v = t.trials.c, t.trial_values.c
-    rank = sa.case(
-        (v.value_type == sa.literal_column("'INF_NEG'"), -_ONE),
-        (v.value_type == sa.literal_column("'INF_POS'"), _ONE),
-        else_=_ZERO,
-    )
+    rank = _rank()
     order = [rank.desc(), v.value.desc()] if maximize else [rank.asc(), v.value.asc()]
     return (
         _select(c.trial_id)
         .select_from(t.trials.join(t.trial_values, v.trial_id == c.trial_id))
-        .where(
-            c.study_id == _p("study_id"),
-            c.state == sa.literal_column("'COMPLETE'"),
-            v.objective == _ZERO,
-        )
+        .where(c.study_id == _p("study_id"), _readable())
         .order_by(*order, c.trial_id)
         .limit(_ONE)
         .offset(_ZERO)
@@ -759,6 +773,31 @@ def beats(d: Dialect) -> Any:
     return _select(sa.func.count(), d.as_text(sa.func.max(c.heartbeat)))
 
 
+def best_trials(d: Dialect) -> Any:
+    """Rows (study id, trial id): the best trial of every study that has one objective."""
+    c, v, direction = t.trials.c, t.trial_values.c, t.study_directions.c
+    several = t.study_directions.alias()
+    sign = sa.case((direction.direction == sa.literal_column("'MAXIMIZE'"), -_ONE), else_=_ONE)
+    place = sa.func.row_number().over(
+        partition_by=c.study_id, order_by=[_rank() * sign, v.value * sign, c.trial_id]
+    )
+    ranked = (
+        _select(c.study_id, c.trial_id, place.label("place"))
+        .select_from(
+            t.trials.join(t.trial_values, v.trial_id == c.trial_id).join(
+                t.study_directions, direction.study_id == c.study_id
+            )
+        )
+        .where(
+            _readable(),
+            direction.objective == _ZERO,
+            ~sa.exists().where(several.c.study_id == c.study_id, several.c.objective > _ZERO),
+        )
+        .subquery()
+    )
+    return _select(ranked.c.study_id, ranked.c.trial_id).where(ranked.c.place == _ONE)
+
+
 def summaries(d: Dialect) -> Any:
     """Rows (study id, state, how many, earliest start) over all studies."""
     c = t.trials.c
@@ -766,3 +805,31 @@ def summaries(d: Dialect) -> Any:
     return _select(c.study_id, d.as_text(c.state), sa.func.count(), start).group_by(
         c.study_id, c.state
     )
+
+
+# --- pieces of operations, for callers of older methods ------------------------------------------
+
+
+def directions(d: Dialect) -> Any:
+    """Rows (study id, objective, direction); one without the latter two if there are none."""
+    c = t.study_directions.c
+    return (
+        _select(t.studies.c.study_id, c.objective, d.as_text(c.direction))
+        .select_from(t.studies.outerjoin(t.study_directions, c.study_id == t.studies.c.study_id))
+        .where(t.studies.c.study_id == _p("study_id"))
+        .order_by(c.objective)
+    )
+
+
+def insert_direction(d: Dialect) -> Any:
+    return _insert(t.study_directions).values(
+        direction=_p("direction"), study_id=_p("study_id"), objective=_p("objective")
+    )
+
+
+def state(d: Dialect) -> Any:
+    return _select(d.as_text(t.trials.c.state)).where(t.trials.c.trial_id == _p("trial_id"))
+
+
+def delete_values(d: Dialect) -> Any:
+    return _delete(t.trial_values).where(t.trial_values.c.trial_id == _p("trial_id"))

@@ -13,7 +13,7 @@ from trialstore.logs.relational.dialects import Dialect, Step
 from trialstore.records import Operation
 
 
-def _number(value: float) -> tuple[float | None, str]:
+def number_and_type(value: float) -> tuple[float | None, str]:
     """A float as Optuna's columns hold it: infinities and NaN as a type without a value."""
     if math.isfinite(value):
         return value, "FINITE"
@@ -44,7 +44,7 @@ def writes(d: Dialect, record: Operation, known: int, leased: Container[str]) ->
             )
         ]
     if isinstance(record, r.SetTrialIntermediateValue):
-        value, kind = _number(record.intermediate_value)
+        value, kind = number_and_type(record.intermediate_value)
         return [
             d.step(
                 s.set_intermediate_value,
@@ -98,7 +98,7 @@ def _state_writes(d: Dialect, record: r.SetTrialStateValues, beats: bool) -> lis
     claims = record.state == r.RUNNING
     steps = []
     for objective, one in enumerate(record.values or ()):
-        value, kind = _number(one)
+        value, kind = number_and_type(one)
         steps.append(
             d.step(
                 s.set_value,
@@ -158,11 +158,11 @@ def _create_trial_writes(d: Dialect, record: r.CreateTrial, known: int, beats: b
         text = _dumps(attr)
         steps.append(d.step(s.set_trial_system_attr, "newest", **of, key=key, value=text))
     for objective, one in enumerate(template_values(record)):
-        value, kind = _number(one)
+        value, kind = number_and_type(one)
         args = {"objective": objective, "value": value, "type": kind}
         steps.append(d.step(s.set_value, "newest", **of, **args))
     for step, one in record.intermediate_values.items():
-        value, kind = _number(one)
+        value, kind = number_and_type(one)
         args = {"step": int(step), "value": value, "type": kind}
         steps.append(d.step(s.set_intermediate_value, "newest", **of, **args))
     return steps
