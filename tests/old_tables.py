@@ -164,7 +164,7 @@ def old_metadata(version: str, *, checks: bool = False) -> sa.MetaData:
 
 
 def make_old_database(url: str, version: str, *, checks: bool = False) -> None:
-    """Tables of a version with a study of six trials, and an empty study."""
+    """Tables of a version with a study of seven trials, and an empty study; ids count from 1."""
     metadata = old_metadata(version, checks=checks)
     tables = metadata.tables
     engine = sa.create_engine(url)
@@ -179,7 +179,7 @@ def make_old_database(url: str, version: str, *, checks: bool = False) -> None:
         put("alembic_version", version_num=version)
         put("version_info", version_info_id=1, schema_version=12, library_version="0.9.0")
         for study_id, direction in ((1, "MAXIMIZE"), (2, "MINIMIZE")):
-            put("studies", study_id=study_id, study_name=f"study {study_id}", direction=direction)
+            put("studies", study_name=f"study {study_id}", direction=direction)
             if "study_directions" in tables:
                 put("study_directions", study_id=study_id, direction=direction, objective=0)
             for kind in ("user", "system"):
@@ -203,7 +203,7 @@ def _put_trial(put: Any, tables: Any, version: str, number: int, state: str) -> 
         "datetime_start": None if state == "WAITING" else _START,
         "datetime_complete": None if state in ("WAITING", "RUNNING") else _COMPLETE,
     }
-    put("trials", trial_id=trial_id, study_id=1, number=number, state=state, value=value, **times)
+    put("trials", study_id=1, number=number, state=state, value=value, **times)
     if "number" not in tables["trials"].columns:
         put("trial_system_attributes", trial_id=trial_id, key="_number", value_json=str(number))
     for kind in ("user", "system"):

@@ -302,3 +302,17 @@ def test_another_version_is_refused_with_what_to_run(kind: str, tmp_path: Path) 
         with pytest.raises(RuntimeError, match=advice):
             TablesLog(url)
         TablesLog(url, skip_compatibility_check=True).close()
+
+
+@pytest.mark.parametrize("kind", DRIVERS[:2])
+def test_ids_that_the_sequence_does_not_know_of_are_passed_over(kind: str, tmp_path: Path) -> None:
+    """As after rows were copied with their ids. Each attempt fails and takes the next id."""
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    ids = [one.trial(study_id) for _ in range(8)]
+    with one.log.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT setval('trials_trial_id_seq', 1, false)")
+    other = Model(url)
+    assert other.trial(study_id) == ids[-1] + 1
+    assert [x.number for x in other.read(study_id)] == list(range(9))

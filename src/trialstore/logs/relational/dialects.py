@@ -346,7 +346,8 @@ class SQLite(Dialect):
 
 _POSTGRESQL_FAULTS: Final = _code_table(
     (Fault.AGAIN, "40001 40P01 55P03 23503"),
-    (Fault.LOST, "57P01 57P02 57P03 57P05 25P03 25P04"),
+    # 26000: psycopg takes a statement for prepared that a failed pipeline did not come to.
+    (Fault.LOST, "57P01 57P02 57P03 57P05 25P03 25P04 26000"),
     (Fault.FENCED, "22012"),
     (Fault.NO_TABLE, "42P01"),
     (Fault.DENIED, "42501 25006"),
