@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from trialstore.log import LeaseStore
+from trialstore.logs.redis import RedisLog
 from trialstore.storage import Storage
 
 _EARLIER = {
@@ -30,6 +31,8 @@ def age_leases(storage: Storage, duration_s: float) -> None:
         age_beats(Path(beats._folder), duration_s)
     elif hasattr(log, "engine"):
         age_heartbeats(log.engine, duration_s)
+    elif isinstance(log, RedisLog):
+        age_hash(log, duration_s)
     else:
         raise NotImplementedError(f"How does time pass in {log!r}?")
 
@@ -46,3 +49,11 @@ def age_heartbeats(engine: sa.Engine, duration_s: float) -> None:
     statement = f"UPDATE trial_heartbeats SET heartbeat = {_EARLIER[engine.dialect.name]}"
     with engine.begin() as connection:
         connection.execute(sa.text(statement), {"s": int(duration_s)})
+
+
+def age_hash(log: RedisLog, duration_s: float) -> None:
+    """The fields of our hash in Redis."""
+    key, ms = log._leases_key, int(duration_s * 1000)
+    for owner in log._ask(lambda door: door.command("HKEYS", key)):
+        change = ("HINCRBY", key, owner, -ms)
+        log._ask(lambda door, change=change: door.command(*change))  # type: ignore[misc]

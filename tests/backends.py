@@ -158,7 +158,7 @@ BACKENDS = [
 ]
 
 SERVER_BACKENDS = [
-    Backend("journal-redis", _redis, Capabilities(keeps_leases=False), True, _SERVERS),
+    Backend("journal-redis", _redis, _JOURNAL, True, _SERVERS),
     Backend("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, True, _SERVERS),
     Backend("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, True, _SERVERS),
     Backend("mariadb-pymysql", _tables("pymysql"), _MARIADB, True, _SERVERS),

@@ -17,6 +17,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 import pytest
 
+from ageing import age_hash
 from redis_servers import OptionsServer, Sentinel, TLSServer, new_prefix, shared_cluster
 from servers import find_binary, shared_redis
 import trialstore
@@ -156,13 +157,7 @@ class OnRedis(LogSuite):
 
     @pytest.fixture
     def age_leases(self, journal: _Where) -> AgeLeases:
-        key = f"{journal.prefix}:trialstore:leases"
-
-        def age(duration_s: float) -> None:
-            for owner in journal.client.hkeys(key):
-                journal.client.hincrby(key, owner, -int(duration_s * 1000))
-
-        return age
+        return lambda duration_s: age_hash(journal.open(), duration_s)
 
 
 class TestRedisLog(OnRedis):

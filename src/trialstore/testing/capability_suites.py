@@ -394,6 +394,35 @@ class LeaseSuite:
         age_leases(1e6)
         assert stale(ours, study_id) == []
 
+    def test_a_dozen_reapers_fail_a_lost_trial_once_and_retry_it_once(
+        self, ours: Follower, open_log: OpenLog, leases: LeaseStore, age_leases: AgeLeases
+    ) -> None:
+        if not isinstance(ours.log, ConditionalLog):
+            pytest.skip("The log is no ConditionalLog.")
+        study_id = ours.create_study("s")
+        leases.take_lease("ours")
+        lost = ours.create_trial(study_id)
+        age_leases(100.0)
+        barrier = threading.Barrier(12)
+        n_failed: list[int] = []
+
+        def reap(reaper: Follower) -> None:
+            found = stale(reaper, study_id)
+            barrier.wait(_DEADLINE_S)
+            assert found == [lost]
+
+            def decide() -> list[AnyOperation]:
+                if reaper.replica.trial(lost).state.is_finished():
+                    return []
+                return [reaper.state(lost, r.FAIL), _create(reaper, study_id, state=r.WAITING)]
+
+            wanted = Wanted(trials=frozenset({lost}))
+            n_failed.append(len(reaper.exchange_if(decide, wanted)))
+
+        run_threads([(reap, Follower(open_log(), f"reaper{n}")) for n in range(12)])
+        assert sorted(n_failed) == [0] * 11 + [2]
+        assert [trial.state.name for trial in ours.trials(study_id)] == ["FAIL", "WAITING"]
+
     def test_expiry_is_asked_by_study(
         self, ours: Follower, leases: LeaseStore, age_leases: AgeLeases
     ) -> None:
