@@ -26,6 +26,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import records as r
+from trialstore.waiting import Waiting
 
 _logger = logging.getLogger("trialstore")
 
@@ -125,6 +126,13 @@ class TrialContents:
             self.view = self.build(own_containers=True)
         return self.view
 
+    def changed(self) -> None:
+        """To be called after a change of the unfinished trial, so that readers see it."""
+        if self.view is not None:
+            before, self.view = self.view, None
+            if self.state == r.WAITING:
+                self.study.waiting.renew(self, before)
+
     def _parsed(self, field: str, text: str) -> datetime | None:
         try:
             return r.parse_time(text)
@@ -171,7 +179,7 @@ class StudyContents:
         self.in_order = True
         self.unread: set[int] = set()  # indexes of finished trials that are not built yet
         self.unfinished: dict[int, TrialContents] = {}  # by trial id
-        self.waiting: dict[int, TrialContents] = {}  # by trial id
+        self.waiting = Waiting()
         self.counts = [0] * len(STATES)
         self.best_id: int | None = None
         self.best_value = math.nan
@@ -225,10 +233,11 @@ class StudyContents:
             if not held:
                 return []
             if _UNFINISHED.issuperset(held):
-                wanted = self.unfinished if TrialState.RUNNING in held else self.waiting
+                if TrialState.RUNNING not in held:
+                    return [trial.shared_view() for trial in self.waiting]
                 return [
                     trial.shared_view()
-                    for _, trial in sorted(wanted.items())
+                    for _, trial in sorted(self.unfinished.items())
                     if STATES[trial.state] in states
                 ]
         unread, self.unread = self.unread, set()  # a set that was emptied keeps its room

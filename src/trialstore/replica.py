@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager
 import logging
 import math
 import sys
@@ -35,6 +36,7 @@ from trialstore import records as r
 from trialstore.contents import STATES, StudyContents, TrialContents, slot_id
 from trialstore.log import Wanted
 from trialstore.records import ACCEPTED, Outcome, Record, Verdict
+from trialstore.waiting import WaitingTrials
 
 _logger = logging.getLogger("trialstore")
 
@@ -224,7 +226,7 @@ class Replica:
             self._use_param(
                 trial, record.param_name, record.param_value_internal, record.distribution
             )
-            trial.view = None
+            trial.changed()
         return outcome
 
     def _set_param(
@@ -265,14 +267,15 @@ class Replica:
         if state == r.RUNNING:
             if trial.state == r.RUNNING:
                 return _LOST
-            trial.start = record.datetime_start
-            trial.owner = record.worker_id
         elif not 0 <= state < len(STATES):
             trial.warn_unreadable("state", f"{state} is no state")
             return ACCEPTED
+        self._remove_from_indexes(trial)
+        if state == r.RUNNING:
+            trial.start = record.datetime_start
+            trial.owner = record.worker_id
         elif state in r.FINISHED:
             trial.complete = record.datetime_complete
-        self._remove_from_indexes(trial)
         self._set_state(trial, state, trial.values if record.values is None else record.values)
         self._add_to_indexes(trial)
         return ACCEPTED
@@ -302,7 +305,7 @@ class Replica:
         if trial is None:
             return self._not_updatable(record.trial_id)
         trial.intermediate_values[record.step] = record.intermediate_value
-        trial.view = None
+        trial.changed()
         return ACCEPTED
 
     def _apply_set_trial_user_attr(self, record: r.SetTrialUserAttr) -> Outcome:
@@ -311,7 +314,7 @@ class Replica:
             return self._not_updatable(record.trial_id)
         for key, value in record.user_attr.items():
             trial.user_attrs[sys.intern(key)] = value
-        trial.view = None
+        trial.changed()
         return ACCEPTED
 
     def _apply_set_trial_system_attr(self, record: r.SetTrialSystemAttr) -> Outcome:
@@ -320,7 +323,7 @@ class Replica:
             return self._not_updatable(record.trial_id)
         for key, value in record.system_attr.items():
             trial.system_attrs[sys.intern(key)] = value
-        trial.view = None
+        trial.changed()
         return ACCEPTED
 
     def _apply_ignored(self, record: r.Ignored) -> Outcome:
@@ -442,7 +445,7 @@ class Replica:
         else:
             self._unfinished[trial.id] = study.unfinished[trial.id] = trial
             if state == r.WAITING:
-                study.waiting[trial.id] = trial
+                study.waiting.add(trial)
 
     @staticmethod
     def _note_best(study: StudyContents, value: float, trial_id: int) -> None:
@@ -455,7 +458,7 @@ class Replica:
         study.counts[trial.state] -= 1
         del self._unfinished[trial.id], study.unfinished[trial.id]
         if trial.state == r.WAITING:
-            del study.waiting[trial.id]
+            study.waiting.remove(trial)
 
     def _put_in_order(self, study: StudyContents) -> None:
         """Images may arrive in any order; lists of trials are by id."""
@@ -588,6 +591,15 @@ class Replica:
         if not study.in_order:
             self._put_in_order(study)
         return study.trials(states)
+
+    def waiting(self, study_id: int, mutex: AbstractContextManager[Any]) -> WaitingTrials:
+        """The WAITING trials by id, however many, at the cost of the few that are looked at.
+
+        Args:
+            study_id: Their study.
+            mutex: What keeps this replica from changing.
+        """
+        return self._study(study_id).waiting.trials(mutex)
 
     def count(self, study_id: int, states: Container[TrialState] | None) -> int:
         counts = self._study(study_id).counts

@@ -22,7 +22,7 @@ import copy
 import functools
 import logging
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 import uuid
 import warnings
 
@@ -606,9 +606,14 @@ class Storage(BaseStorage, BaseHeartbeat):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        trials = self._read(
-            _trials_wanted(study_id, states), lambda replica: replica.trials(study_id, states)
-        )
+        wanted = _trials_wanted(study_id, states)
+        if wanted.waiting_of and not deepcopy:
+            # Optuna asks for the queue before each trial, and takes the first: a list of all of
+            # it would cost more than everything else about that trial.
+            mutex = self._exchanger.mutex
+            queue = self._read(wanted, lambda replica: replica.waiting(study_id, mutex))
+            return cast(list[FrozenTrial], queue)
+        trials = self._read(wanted, lambda replica: replica.trials(study_id, states))
         if deepcopy:
             return [self._copied_trial(trial) for trial in trials]
         return trials

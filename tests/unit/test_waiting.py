@@ -1,0 +1,76 @@
+"""The queue's index against a plain list, and what was read earlier against what it was then."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+import pytest
+
+import trialstore
+from trialstore.waiting import Waiting
+
+
+class _Trial:
+    def __init__(self, trial_id: int) -> None:
+        self.id = trial_id
+        self.version = 0
+
+    def shared_view(self) -> FrozenTrial:
+        return optuna.create_trial(
+            state=TrialState.WAITING, system_attrs={"id": self.id, "version": self.version}
+        )
+
+
+def _shown(trials: object) -> list[tuple[int, int]]:
+    return [(x.system_attrs["id"], x.system_attrs["version"]) for x in trials]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_changes_leaves_earlier_reads_alone(seed: int) -> None:
+    rng = random.Random(seed)
+    waiting, model, ids = Waiting(), dict[int, _Trial](), iter(rng.sample(range(10_000), 3000))
+    read = []
+    for step in range(400):
+        action = rng.random()
+        if action < 0.5 or not model:
+            # Mostly the latest, as on a journal; on tables an earlier one may come back.
+            trial = _Trial(10_000 + step if rng.random() < 0.9 else next(ids))
+            model[trial.id] = trial
+            waiting.add(trial)
+        elif action < 0.8:
+            trial = model[min(model) if rng.random() < 0.9 else rng.choice(list(model))]
+            waiting.remove(trial)
+            del model[trial.id]
+        elif action < 0.9:
+            trial = rng.choice(list(model.values()))
+            before = trial.shared_view()
+            trial.version += 1
+            waiting.renew(trial, before)
+        expected = [(id_, model[id_].version) for id_ in sorted(model)]
+        if action >= 0.9:
+            read.append((waiting.trials(threading.RLock()), expected))
+        assert len(waiting) == len(expected)
+        assert [trial.id for trial in waiting] == [id_ for id_, _ in expected]
+    for trials, expected in read:
+        assert _shown(trials) == expected
+        assert len(trials) == len(expected)
+        assert _shown(trials[1:3]) == expected[1:3]
+
+
+def test_the_queue_looks_like_a_list() -> None:
+    storage = trialstore.InMemoryStorage()
+    study = optuna.create_study(storage=storage)
+    for number in range(3):
+        study.enqueue_trial({"x": number})
+    states = (TrialState.WAITING,)
+    queue = study.get_trials(deepcopy=False, states=states)
+    assert queue == storage.get_all_trials(study._study_id, deepcopy=True, states=states)
+    assert (len(queue), queue[-1].number, [t.number for t in queue[:2]]) == (3, 2, [0, 1])
+    with pytest.raises(IndexError):
+        queue[3]
+    study.ask()
+    assert [trial.number for trial in queue] == [0, 1, 2] and queue[0].state == states[0]
+    assert "fixed_params" in repr(queue)
