@@ -123,8 +123,8 @@ class OptunaDatabase:
 
     @property
     def study_summaries(self) -> list[StudySummary]:
-        """A summary of every study, by id."""
-        return optuna.study.get_all_study_summaries(storage=self.storage)
+        """A summary of every study, by id, by SQL."""
+        return self.storage.get_all_study_summaries()
 
     @property
     def num_existing_studies(self) -> int:
