@@ -8,7 +8,7 @@ differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 from datetime import datetime, timezone
 import enum
@@ -107,6 +107,8 @@ class Dialect:
     whole_seconds = False
     """Whether a heartbeat is kept in whole seconds, rounded down."""
     session_type: type[Session] = Session
+    session_arguments: Mapping[str, Any] = {}
+    """What a session's connection is opened with, beside the URL's and the user's arguments."""
 
     def __init__(self, engine: Engine) -> None:
         sql_dialect: Any = type(engine.dialect)
@@ -513,6 +515,8 @@ class MySQL(Dialect):
     name = "mysql"
     begin_write = plain("START TRANSACTION")
     session_type = MultiStatementSession
+    # Set later it costs two round trips.
+    session_arguments: Mapping[str, Any] = {"autocommit": True}
     whole_seconds = True
 
     def since_beat_s(self, column: Any) -> Any:
@@ -577,7 +581,6 @@ class MySQL(Dialect):
         return {**options, "connect_args": arguments}
 
     def prepare(self, raw: Any) -> None:
-        raw.autocommit(True)
         # READ COMMITTED: a snapshot kept for the whole transaction is older than the locks.
         # Strict: a value that does not fit fails instead of being cut.
         raw.cursor().execute(

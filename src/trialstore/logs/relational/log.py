@@ -389,10 +389,31 @@ class TablesLog:
         self._has_mark = False
 
     def _disconnect(self) -> None:
-        fairy, self._fairy, self._session = self._fairy, None, None
-        if fairy is not None:
-            with contextlib.suppress(Exception):
-                _end(fairy, memory=_in_memory(self.engine.url))
+        session, self._session = self._session, None
+        if session is not None:
+            self._end(session.raw)
+
+    def _end(self, raw: Any) -> None:
+        """Close a connection, which may be broken."""
+        with contextlib.suppress(Exception):
+            if self._fairy is None:
+                raw.close()
+            else:
+                self._fairy.close()  # The one connection of the pool holds the contents.
+
+    def _open_connection(self) -> Any:
+        """A connection of the driver's own, not from the engine's pool, which would ask the
+        server half a dozen questions whose answers nobody needs here."""
+        engine = self.engine
+        if _in_memory(engine.url):
+            self._fairy = engine.raw_connection()
+            return self._fairy.driver_connection
+        options = self._dialect.engine_options(engine.url, self.engine_kwargs)
+        if "creator" in options:
+            return options["creator"]()
+        positional, named = engine.dialect.create_connect_args(engine.url)
+        named.update(options.get("connect_args", {}), **self._dialect.session_arguments)
+        return engine.dialect.connect(*positional, **named)
 
     def _connected(self) -> Session:
         """The session of this process; connects, and on first use creates and checks tables."""
@@ -405,8 +426,7 @@ class TablesLog:
 
     def _connect(self) -> None:
         fresh = self._dialect.name == "sqlite" and _wants_wal(self.engine.url)
-        fairy = self.engine.raw_connection()
-        raw: Any = fairy.driver_connection
+        raw = self._open_connection()
         try:
             self._dialect.prepare(raw)
             session = self._dialect.session_type(raw, self._dialect)
@@ -414,6 +434,10 @@ class TablesLog:
                 self._synchronous = ""
                 if fresh:
                     raw.execute("PRAGMA journal_mode=WAL").fetchall()
+            if not self._prepared and self._dialect.keeps_marks:
+                self._prepared = self._has_mark = self.schema.open_at_once(
+                    session, self._dialect, self._session_id
+                )
             if not self._prepared:
                 self.schema.prepare(
                     session,
@@ -427,10 +451,9 @@ class TablesLog:
                 )
                 self._seq = 0 if self._has_mark else self._seq
         except BaseException:
-            with contextlib.suppress(Exception):
-                _end(fairy, memory=_in_memory(self.engine.url))
+            self._end(raw)
             raise
-        self._fairy, self._session = fairy, session
+        self._session = session
 
     def _renew_session(self) -> None:
         """Be another session from now on, whose mark no earlier exchange can touch."""
@@ -523,16 +546,6 @@ def driver_error_of(error: BaseException) -> BaseException:
     """What the driver said, below what SQLAlchemy made of it."""
     original = getattr(error, "orig", None)
     return original if isinstance(original, BaseException) else error
-
-
-def _end(fairy: Any, *, memory: bool) -> None:
-    """Close a connection, which may be broken; the pool would log that as an error."""
-    if memory:
-        fairy.close()  # The one connection of the pool holds the contents.
-        return
-    raw = fairy.driver_connection
-    fairy.detach()
-    raw.close()
 
 
 def _in_memory(url: sa.URL) -> bool:

@@ -21,7 +21,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from trialstore.errors import IncompatibleSchemaError, LogUnavailableError
 from trialstore.logs.relational import statements as s, tables as t
-from trialstore.logs.relational.dialects import Dialect, Fault, Session
+from trialstore.logs.relational.dialects import Dialect, Fault, Session, Step
 
 _logger = logging.getLogger(__name__)
 
@@ -193,14 +193,33 @@ class Schema:
             connection.execute(sa.select(sa.func.release_lock(_LOCK_NAME)))
         connection.commit()
 
+    def open_at_once(self, session: Session, dialect: Dialect, session_id: str) -> bool:
+        """``prepare`` and ``open_mark`` in one message, where tables and version are right.
+
+        Returns:
+            False, with nothing done, where they may not be.
+        """
+        version = dialect.step(s.schema_version)
+        try:
+            rows, *_ = session.run([version, *self._mark_steps(dialect, session_id)])
+        except Exception as error:
+            if dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
+                raise
+            return False
+        return bool(rows) and rows[0][0] == t.HEAD_VERSION
+
+    @staticmethod
+    def _mark_steps(dialect: Dialect, session_id: str) -> list[Step]:
+        return [
+            dialect.step(s.insert_session, session=session_id, seq=0),
+            dialect.step(s.forget_abandoned, t.SESSION_DAYS_MAX),
+        ]
+
     def open_mark(self, session: Session, dialect: Dialect, session_id: str, create: bool) -> bool:
         """Put the session's row into our own table; False where there is none and may be none."""
-        insert = dialect.step(s.insert_session, session=session_id, seq=0)
-        abandoned = dialect.step(s.abandoned_sessions, t.SESSION_DAYS_MAX)
+        steps = self._mark_steps(dialect, session_id)
         try:
-            _, rows = session.run([insert, abandoned])
-            if rows:
-                session.run([dialect.step(s.forget_session, session=row[0]) for row in rows])
+            session.run(steps)
             return True
         except Exception as error:
             if dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
@@ -214,7 +233,7 @@ class Schema:
             if error.orig is None or dialect.fault(error.orig) is not Fault.DENIED:
                 raise
             return self._without_mark()
-        session.run([insert])
+        session.run(steps)
         return True
 
     def _without_mark(self) -> bool:

@@ -40,7 +40,6 @@ _WAITING: Any = sa.literal_column("'WAITING'")
 _RUNNING: Any = sa.literal_column("'RUNNING'")
 _ZERO: Any = sa.literal_column("0")
 _ONE: Any = sa.literal_column("1")
-_HUNDRED: Any = sa.literal_column("100")
 _UNFINISHED: Final = ("RUNNING", "WAITING")
 
 
@@ -204,16 +203,17 @@ def insert_session(d: Dialect) -> Any:
     return d.or_ignore(t.sessions, row, t.sessions.c.session_id)
 
 
-def abandoned_sessions(d: Dialect, days: int) -> Any:
+def forget_abandoned(d: Dialect, days: int) -> Any:
     """Sessions that wrote nothing for so long; their storages were killed."""
-    c = t.sessions.c
-    return (
-        _select(c.session_id).where(c.updated_at < d.days_ago(days)).limit(_HUNDRED).offset(_ZERO)
-    )
+    return _delete(t.sessions).where(t.sessions.c.updated_at < d.days_ago(days))
 
 
 def forget_session(d: Dialect) -> Any:
     return _delete(t.sessions).where(t.sessions.c.session_id == _p("session"))
+
+
+def schema_version(d: Dialect) -> Any:
+    return _select(t.alembic_version.c.version_num)
 
 
 # --- writes --------------------------------------------------------------------------------------
