@@ -77,7 +77,7 @@ def check(
                 if n_trials % 10_000 == 0:
                     progress(n_trials)
     else:
-        n_trials = sum(sum(scan.overview(study).counts.values()) for study in scan.studies)
+        n_trials = sum(map(scan.n_trials, scan.studies))
     return Report(findings, len(scan.studies), n_trials, 0)
 
 

@@ -13,6 +13,7 @@ from trialstore.log import Wanted
 from trialstore.logs.memory import MemoryLog
 from trialstore.records import ACCEPTED, AnyOperation, Outcome, Record, TrialWrite
 from trialstore.replica import Replica
+from trialstore.scan import Scan
 from trialstore.storage import Storage
 
 _T = TypeVar("_T")
@@ -74,6 +75,9 @@ class InMemoryStorage(Storage):
     def get_trial(self, trial_id: int) -> FrozenTrial:
         with self._exchanger.mutex:
             return self._replica.trial(trial_id)
+
+    def scan(self) -> Scan:
+        return Scan(None, self._replica)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._exchanger.mutex:

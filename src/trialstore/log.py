@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import msgspec
 
 from trialstore.findings import Finding
-from trialstore.records import AnyOperation, Outcome, PutTrial, Record, Verdict
+from trialstore.records import AnyOperation, CreateTrial, Outcome, PutTrial, Record, Verdict
 
 Cursor = Any
 """Position after the last record applied; opaque outside its log; ``START`` is before the first.
@@ -323,6 +323,28 @@ class Paged(Protocol):
 
     def overview(self, study_id: int, maximize: bool) -> Overview:
         """What there is to say of a study without its trials."""
+        ...
+
+
+@runtime_checkable
+class Bulk(Protocol):
+    """A log that takes many whole trials faster than an exchange does."""
+
+    def load_trials(self, records: Sequence[CreateTrial], number: int, above: int) -> int:
+        """Write trials of one study, all or none, the first with ``number``; durable on return.
+
+        Args:
+            records: At least one, of one study that nobody else writes to.
+            number: Of the first; the study's trials end below it.
+            above: What the last call for the study returned, or 0.
+
+        Returns:
+            Something for the next call.
+
+        Raises:
+            As ``Log.exchange``; KeyError if there is no such study, ValueError if it has others'
+            trials. A call that raised may be repeated.
+        """
         ...
 
 

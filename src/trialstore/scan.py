@@ -25,20 +25,21 @@ class Scan:
     """The contents of a store, each part as of the moment when it is read.
 
     Args:
-        log: Read only.
+        log: Read only; None where ``replica`` is all there is.
+        replica: What to go on from.
 
     Raises:
         As ``Log.exchange``.
     """
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log | None, replica: Replica | None = None) -> None:
         self._log = log
-        self._replica = Replica()
+        self._replica = Replica() if replica is None else replica
         self._cursor: Cursor = START
         self._catch_up(Wanted(catalogue=True))
 
     def _catch_up(self, wanted: Wanted) -> None:
-        while True:
+        while self._log is not None:
             batch = self._log.exchange((), self._cursor, wanted)
             apply_all(self._replica, batch.news)
             self._cursor = batch.cursor
@@ -49,6 +50,13 @@ class Scan:
     def studies(self) -> list[PutStudy]:
         """By id."""
         return [self._replica.study_image(study_id) for study_id in self._replica.study_ids()]
+
+    def n_trials(self, study: PutStudy) -> int:
+        """How many trials a study has."""
+        if isinstance(self._log, Paged):
+            return sum(self.overview(study).counts.values())
+        self._catch_up(Wanted(trials_of=frozenset((study.study_id,))))
+        return self._replica.count(study.study_id, None)
 
     def overview(self, study: PutStudy) -> Overview:
         """What there is to say of a study in a line; of several objectives the first is meant."""

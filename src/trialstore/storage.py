@@ -43,6 +43,7 @@ from trialstore.heartbeat import Heartbeat
 from trialstore.log import NOTHING, Catalogue, LeaseStore, Limited, Log, Wanted
 from trialstore.records import ACCEPTED, Outcome, Verdict
 from trialstore.replica import Replica
+from trialstore.scan import Scan
 
 _logger = logging.getLogger("trialstore")
 
@@ -197,6 +198,11 @@ class Storage(BaseStorage, BaseHeartbeat):
             stack.callback(self._exchanger.log.close)
             stack.callback(self._heartbeat.withdraw)
             self.flush()
+
+    def scan(self) -> Scan:
+        """Everything that is stored, for somebody who reads it once and holds little of it."""
+        self.flush()
+        return Scan(self.log)
 
     # --- the four ways to the log ----------------------------------------------------------------
 

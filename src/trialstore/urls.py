@@ -13,6 +13,7 @@ from trialstore.log import Log
 
 _REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "sentinel")
 _TABLES = ("sqlite", "postgresql", "mysql", "mariadb")
+_SQLITE_HEADER = b"SQLite format 3\0"
 _SCHEMES = (
     "sqlite:///file.db, postgresql+psycopg://..., mysql+pymysql://..., redis://..., "
     "grpc://host:port, grpcs://host:port, journal:///path or a path, memory://"
@@ -105,8 +106,14 @@ def must_exist(url: str) -> None:
         path = sqlite_path(url)
     elif kind == "memory":
         raise ValueError("A store in memory lives in the process that made it, not here.")
-    if path is not None and not Path(path).is_file():
+    if path is None:
+        return
+    if not Path(path).is_file():
         raise LogUnavailableError(f"There is no file {path}.")
+    if kind != "sqlite":
+        with Path(path).open("rb") as file:
+            if file.read(len(_SQLITE_HEADER)) == _SQLITE_HEADER:
+                raise ValueError(f"{path} is a SQLite database: its URL is sqlite:///{path}.")
 
 
 def _unknown(scheme: str) -> ValueError:
@@ -120,7 +127,9 @@ def _journal_file(path: str, options: dict[str, Any]) -> BaseStorage:
 
     if not path:
         raise ValueError(f"The URL names no file. Known: {_SCHEMES}.")
-    return JournalStorage(JournalFileBackend(path), **options)
+    of_backend = ("durability", "lock_obj")
+    backend = JournalFileBackend(path, **{n: v for n, v in options.items() if n in of_backend})
+    return JournalStorage(backend, **{n: v for n, v in options.items() if n not in of_backend})
 
 
 def _journal_in_redis(url: str, options: dict[str, Any]) -> BaseStorage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from trialstore.cli import check, delete_study, info
+from trialstore.cli import check, copy, delete_study, info
 
 _EPILOG = (
     "Exit codes: 0 done, 1 something was found (check, stale, copy --verify), 2 wrong usage, "
@@ -24,4 +24,5 @@ app = typer.Typer(
 
 app.command("info")(info.info)
 app.command("check")(check.check)
+app.command("copy")(copy.copy)
 app.command("delete-study")(delete_study.delete_study)

@@ -41,9 +41,10 @@ from trialstore.logs.relational.exchange import Exchange
 from trialstore.logs.relational.findings import findings_in_tables
 from trialstore.logs.relational.images import Decoder
 from trialstore.logs.relational.limits import check_values
+from trialstore.logs.relational.loading import load_trials
 from trialstore.logs.relational.pieces import set_directions, set_values
 from trialstore.logs.relational.schema import Schema, database_bytes
-from trialstore.records import Operation, PutTrial, Verdict
+from trialstore.records import CreateTrial, Operation, PutTrial, Verdict
 
 _logger = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -305,6 +306,13 @@ class TablesLog:
             n, newest = self._ask(self._dialect.step(s.beats))[0][0]
             found["heartbeats"] = {"n_trials": n, "newest_at": record_time(newest)}
         return found
+
+    def load_trials(self, records: Sequence[CreateTrial], number: int, above: int) -> int:
+        """See ``Bulk``."""
+        check_values(self._dialect, records)
+        return self._persistently(
+            lambda: load_trials(self.engine, self._dialect, records, number, above)
+        )
 
     def findings(self, *, deep: bool) -> Iterator[Finding]:
         """See ``Inspectable``."""

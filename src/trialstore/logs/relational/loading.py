@@ -1,0 +1,122 @@
+"""Many whole trials at once, in a few statements with many rows each.
+
+An exchange writes trial by trial, each statement under conditions; who copies 100,000 trials into
+a study that nobody else writes needs none of them but one: that the numbers are still free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+import json
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from trialstore.logs.relational import tables as t
+from trialstore.logs.relational.dialects import Dialect
+from trialstore.logs.relational.writing import column_number, template_values
+from trialstore.records import CreateTrial
+
+_TAKEN = (
+    "Somebody else writes to the study in the target, whose trials go up to number {greatest} "
+    "where {number} is to be the next. Let nobody use it until the copy is complete."
+)
+
+
+def load_trials(
+    engine: Engine, d: Dialect, records: Sequence[CreateTrial], number: int, above: int
+) -> int:
+    """Write trials of one study in one transaction, the first with ``number``.
+
+    Safe to repeat: what is there already is left as it is.
+
+    Args:
+        engine: Gives the connection.
+        d: Of the engine.
+        records: At least one, of one study.
+        number: Of the first; the study's trials end below it.
+        above: An id that all newer trials of the study are above; 0 if none is known.
+
+    Returns:
+        The greatest id that was written.
+
+    Raises:
+        KeyError: There is no such study.
+        ValueError: The study has other trials.
+    """
+    c = t.trials.c
+    study_id = records[0].study_id
+    last = number + len(records) - 1
+    newest = sa.select(sa.func.max(c.number)).where(c.study_id == study_id, c.trial_id > above)
+    with engine.begin() as connection:
+        if d.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        lock = sa.select(t.studies.c.study_id).where(t.studies.c.study_id == study_id)
+        if connection.execute(lock.with_for_update()).first() is None:
+            raise KeyError(f"There is no study with id {study_id}.")
+        greatest = connection.scalar(newest)
+        if greatest is not None and greatest not in (number - 1, last):
+            raise ValueError(_TAKEN.format(greatest=greatest, number=number))
+        if greatest != last:
+            _insert(
+                connection,
+                t.trials,
+                [
+                    {
+                        "number": number + index,
+                        "study_id": study_id,
+                        "state": t.STATES[record.state],
+                        "datetime_start": _time(d, record.datetime_start),
+                        "datetime_complete": _time(d, record.datetime_complete),
+                    }
+                    for index, record in enumerate(records)
+                ],
+            )
+        found = sa.select(c.number, c.trial_id).where(
+            c.study_id == study_id, c.trial_id > above, c.number.between(number, last)
+        )
+        ids: dict[int, int] = {row[0]: row[1] for row in connection.execute(found)}
+        if greatest != last:
+            _insert_children(connection, [(ids[number + i], one) for i, one in enumerate(records)])
+    return max(ids.values())
+
+
+def _insert_children(connection: Connection, trials: list[tuple[int, CreateTrial]]) -> None:
+    params: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    user_attrs: list[dict[str, Any]] = []
+    system_attrs: list[dict[str, Any]] = []
+    for trial_id, record in trials:
+        of = {"trial_id": trial_id}
+        for name, internal in record.params.items():
+            text = record.distributions[name]
+            row = {"param_name": name, "param_value": internal, "distribution_json": text}
+            params.append({**of, **row})
+        for objective, value in enumerate(template_values(record)):
+            number, kind = column_number(value)
+            row = {"objective": objective, "value": number, "value_type": kind}
+            values.append({**of, **row})
+        for step, value in record.intermediate_values.items():
+            number, kind = column_number(value)
+            row = {"intermediate_value": number, "intermediate_value_type": kind}
+            steps.append({**of, "step": int(step), **row})
+        for rows, attrs in ((user_attrs, record.user_attrs), (system_attrs, record.system_attrs)):
+            rows += [{**of, "key": k, "value_json": json.dumps(v)} for k, v in attrs.items()]
+    _insert(connection, t.trial_params, params)
+    _insert(connection, t.trial_values, values)
+    _insert(connection, t.trial_intermediate_values, steps)
+    _insert(connection, t.trial_user_attributes, user_attrs)
+    _insert(connection, t.trial_system_attributes, system_attrs)
+
+
+def _insert(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        connection.execute(sa.insert(table), rows)
+
+
+def _time(d: Dialect, text: str | None) -> datetime | None:
+    column = d.time_value(text)
+    return None if column is None else datetime.fromisoformat(column)
