@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 import sys
-import time
 
 from benchmarks import harness
 from benchmarks.harness import OURS, Report, Row

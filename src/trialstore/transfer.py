@@ -28,8 +28,9 @@ from optuna.study import StudyDirection
 from trialstore import records as r
 from trialstore.contents import parse_distribution
 from trialstore.in_memory import InMemoryStorage
-from trialstore.log import NOTHING, START, Bulk, Cursor, Limited
-from trialstore.rdb import RDBStorage
+from trialstore.log import NOTHING, START, Bulk, Cursor, Limited, Log
+from trialstore.logs.relational.log import TablesLog
+from trialstore.scan import Scan
 from trialstore.storage import Storage
 
 _BATCH_TRIALS: Final = 500
@@ -69,9 +70,13 @@ class CopiedStudy(msgspec.Struct, frozen=True):
     whole_seconds: int = 0
 
 
+Store = Storage | Log
+"""A storage, or its log; a log is read without being held by anybody."""
+
+
 def copy(
-    source: Storage,
-    target: Storage,
+    source: Store,
+    target: Store,
     *,
     study: str | None = None,
     verify: bool = False,
@@ -95,14 +100,14 @@ def copy(
             of the source have gaps; both are one store.
         LogUnavailableError: Either was not reached. Call again to go on.
     """
-    studies = [one for one in source.scan().studies if study is None or one.study_name == study]
+    studies = [one for one in _scan(source).studies if study is None or one.study_name == study]
     if study is not None and not studies:
         raise KeyError(f"There is no study with the name {study!r}.")
     convert = _times_from(source, source_timezone)
     # One side after the other, so that at most one is held.
     ids, there = _open_studies(target, studies)
     writer = _Writer(target)
-    scan = source.scan()
+    scan = _scan(source)
     done = itertools.count(1)
     copied = []
     for one in studies:
@@ -118,6 +123,14 @@ def copy(
     return copied
 
 
+def _scan(store: Store) -> Scan:
+    return store.scan() if isinstance(store, Storage) else Scan(store)
+
+
+def _log(store: Store) -> Log:
+    return store.log if isinstance(store, Storage) else store
+
+
 def _counted(
     images: Iterator[r.PutTrial], done: Iterator[int], progress: Callable[[int], None]
 ) -> Iterator[r.PutTrial]:
@@ -129,18 +142,19 @@ def _counted(
 
 
 def _open_studies(
-    target: Storage, studies: Iterable[r.PutStudy]
+    target: Store, studies: Iterable[r.PutStudy]
 ) -> tuple[dict[str, int], dict[str, Fingerprints]]:
     """Ids of the studies in the target, made if they are not there, and what they hold."""
-    scan = target.scan()
+    scan = _scan(target)
     known = {one.study_name: one for one in scan.studies}
+    storage = target if isinstance(target, Storage) else Storage(target)
     ids, there = {}, {}
     for study in studies:
         name = study.study_name
         existing = known.get(name)
         if existing is None:
             directions = [StudyDirection(code) for code in study.directions]
-            ids[name] = target.create_new_study(directions, name)
+            ids[name] = storage.create_new_study(directions, name)
             existing = r.PutStudy(
                 study_id=ids[name],
                 study_name=name,
@@ -155,9 +169,9 @@ def _open_studies(
         if existing.directions != study.directions:
             raise ValueError(f"{_other(study)}: its directions are others.")
         for key, value in _changed(existing.user_attrs, study.user_attrs):
-            target.set_study_user_attr(ids[name], key, value)
+            storage.set_study_user_attr(ids[name], key, value)
         for key, value in _changed(existing.system_attrs, study.system_attrs):
-            target.set_study_system_attr(ids[name], key, value)
+            storage.set_study_system_attr(ids[name], key, value)
     return ids, there
 
 
@@ -210,18 +224,19 @@ def _must_be_number(image: r.PutTrial, number: int, study: r.PutStudy) -> None:
 class _Writer:
     """Appends trials to a storage's log without anybody holding them."""
 
-    def __init__(self, target: Storage) -> None:
+    def __init__(self, target: Store) -> None:
         self._target = target
+        self._log = _log(target)
         self._worker_id = str(uuid.uuid4())
         self._seqs = itertools.count()
         self._cursor: Cursor = START
         self._above: dict[int, int] = {}
-        if not isinstance(target, InMemoryStorage) and not isinstance(target.log, Bulk):
+        if not isinstance(target, InMemoryStorage) and not isinstance(self._log, Bulk):
             self._skip_what_is_there()
 
     def _skip_what_is_there(self) -> None:
         while True:
-            batch = self._target.log.exchange((), self._cursor, NOTHING)
+            batch = self._log.exchange((), self._cursor, NOTHING)
             self._cursor = batch.cursor
             if not batch.more:
                 return
@@ -235,7 +250,7 @@ class _Writer:
             for record in records:
                 self._target._write(record)
             return
-        log = self._target.log
+        log = self._log
         try:
             if isinstance(log, Bulk):
                 above = self._above.get(study_id, 0)
@@ -286,10 +301,10 @@ def _name_the_trial(
 # --- times ---------------------------------------------------------------------------------------
 
 
-def _times_from(source: Storage, zone: tzinfo | None) -> Callable[[r.PutTrial], r.PutTrial]:
+def _times_from(source: Store, zone: tzinfo | None) -> Callable[[r.PutTrial], r.PutTrial]:
     """What makes every time of an image one that says its moment."""
     # Tables have no offsets: the text has the one that the installed Optuna takes for granted.
-    always = isinstance(source, RDBStorage)
+    always = isinstance(_log(source), TablesLog)
 
     def moved(text: str | None) -> str | None:
         if text is None or zone is None:
@@ -400,11 +415,11 @@ def _canonical(text: str) -> str:
 def _verified(
     study: r.PutStudy,
     copied: CopiedStudy,
-    source: Storage,
-    target: Storage,
+    source: Store,
+    target: Store,
     convert: Callable[[r.PutTrial], r.PutTrial],
 ) -> CopiedStudy:
-    scan = target.scan()
+    scan = _scan(target)
     name = study.study_name
     found = next(one for one in scan.studies if one.study_name == name)
     there = Fingerprints(scan.trials(found.study_id))
@@ -415,7 +430,7 @@ def _verified(
             differences.append(Difference(name, -1, [field]))
     whole_seconds = 0
     # As many as were copied: the source may have grown since.
-    images = itertools.islice(source.scan().trials(study.study_id), copied.n_trials)
+    images = itertools.islice(_scan(source).trials(study.study_id), copied.n_trials)
     n = 0
     for index, image in enumerate(map(convert, images)):
         n += 1

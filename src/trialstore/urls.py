@@ -13,6 +13,7 @@ from trialstore.log import Log
 
 _REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "sentinel")
 _TABLES = ("sqlite", "postgresql", "mysql", "mariadb")
+_IN_MEMORY = "A store in memory lives in the process that made it, not here."
 _SQLITE_HEADER = b"SQLite format 3\0"
 _SCHEMES = (
     "sqlite:///file.db, postgresql+psycopg://..., mysql+pymysql://..., redis://..., "
@@ -58,20 +59,26 @@ def get_storage(storage: str | BaseStorage | None, **options: Any) -> BaseStorag
     raise _unknown(scheme)
 
 
-def open_log(url: str, **options: Any) -> Log:
-    """The log of a store that exists; it is not read yet, so it may be damaged, and never made.
+def open_log(url: str, *, create: bool = False, any_version: bool = False, **options: Any) -> Log:
+    """The log of a store, for who does not want a storage; nothing of it is read yet.
 
     Args:
         url: As for ``get_storage``.
+        create: Make the store if it is not there.
+        any_version: Take tables of another schema version as they are.
         options: Keyword arguments for the log's constructor.
 
     Raises:
-        ValueError: No storage answers to the URL, or it names none that could exist already.
+        ValueError: No storage answers to the URL, or it names one in memory.
         LogUnavailableError: There is no such file, or the server was not reached.
+        IncompatibleSchemaError: The tables are of another version, or not there.
     """
-    must_exist(url)
+    if not create:
+        must_exist(url)
     scheme, separator, rest = url.partition("://")
     kind = scheme.partition("+")[0]
+    if kind == "memory":
+        raise ValueError(_IN_MEMORY)
     if not separator or kind == "journal":
         from trialstore.journal import JournalFileBackend
 
@@ -79,7 +86,12 @@ def open_log(url: str, **options: Any) -> Log:
     if kind in _TABLES:
         from trialstore.logs.relational.log import TablesLog
 
-        return TablesLog(url, skip_compatibility_check=True, skip_table_creation=True, **options)
+        return TablesLog(
+            url,
+            skip_compatibility_check=any_version,
+            skip_table_creation=not create,
+            **options,
+        )
     if scheme in _REDIS:
         backend: Log = _redis_backend(url, options)
         return backend
@@ -105,7 +117,7 @@ def must_exist(url: str) -> None:
 
         path = sqlite_path(url)
     elif kind == "memory":
-        raise ValueError("A store in memory lives in the process that made it, not here.")
+        raise ValueError(_IN_MEMORY)
     if path is None:
         return
     if not Path(path).is_file():

@@ -29,7 +29,10 @@ _STYLES = {"note": "cyan", "warning": "yellow", "error": "red"}
 @command
 def check(url: Url, deep: Deep = False, as_json: Json = False) -> Exit | None:
     """Look for damage: what, where and how bad; reads only. Exit code 1 if there is any."""
-    with existing_log(url) as log, progress("Checking", None, quiet=as_json) as advance:
+    with (
+        existing_log(url, any_version=True) as log,
+        progress("Checking", None, quiet=as_json) as advance,
+    ):
         report = check_log(log, deep=deep, progress=advance)
     if as_json:
         print_json(msgspec.to_builtins(report))

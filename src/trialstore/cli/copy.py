@@ -19,7 +19,7 @@ from trialstore.cli.output import (
     progress,
     stdout,
 )
-from trialstore.cli.stores import any_storage, existing_storage
+from trialstore.cli.stores import any_log, existing_log
 from trialstore.transfer import CopiedStudy, copy as copy_studies
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="From here.", show_default=False)]
@@ -56,8 +56,8 @@ def copy(
     if source == target:
         fail("SRC and DST are one store.")
     with (
-        existing_storage(source) as src,
-        any_storage(target) as dst,
+        existing_log(source) as src,
+        any_log(target) as dst,
         progress("Copying", None, quiet=as_json) as advance,
     ):
         copied = copy_studies(

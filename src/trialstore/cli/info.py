@@ -12,7 +12,7 @@ from trialstore.describe import describe
 @command
 def info(url: Url, as_json: Json = False) -> Exit | None:
     """Show what a store is and holds; reads only."""
-    with existing_log(url) as log:
+    with existing_log(url, any_version=True) as log:
         description = describe(log)
     if as_json:
         print_json(description)

@@ -11,9 +11,19 @@ from trialstore.urls import get_storage, must_exist, open_log
 
 
 @contextlib.contextmanager
-def existing_log(url: str) -> Iterator[Log]:
-    """The log of a store that is there, whatever its condition."""
-    log = open_log(url)
+def existing_log(url: str, *, any_version: bool = False) -> Iterator[Log]:
+    """The log of a store that is there; it may be damaged."""
+    log = open_log(url, any_version=any_version)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+@contextlib.contextmanager
+def any_log(url: str) -> Iterator[Log]:
+    """A log, made if it was not there."""
+    log = open_log(url, create=True)
     try:
         yield log
     finally:
@@ -24,13 +34,6 @@ def existing_log(url: str) -> Iterator[Log]:
 def existing_storage(url: str) -> Iterator[Storage]:
     """A storage on a store that is there."""
     must_exist(url)
-    with any_storage(url) as storage:
-        yield storage
-
-
-@contextlib.contextmanager
-def any_storage(url: str) -> Iterator[Storage]:
-    """A storage, made if it was not there."""
     storage = get_storage(url)
     assert isinstance(storage, Storage)
     try:
