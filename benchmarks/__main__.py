@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("per_trial", "known_trials", "crowd", "opening", "memory", "redis_journal")
+NAMES = ("per_trial", "known_trials", "crowd", "opening", "memory", "redis_journal", "moving")
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
-"""Memory and time of ``copy``, ``check`` and ``export`` on a large store, as commands of their own.
+"""Peak memory and CPU time of ``check``, ``copy`` and ``export`` on a large store.
 
-Peak resident memory is what the kernel says of the finished process, imports included.
+Each command is a process of its own, imports included; the kernel says what it took.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import sys
 from benchmarks import harness
 from benchmarks.harness import OURS, Report, Row
 
-_SUFFIXES = {"journal": ".log", "sqlite": ".db"}
-
 
 def main() -> int:
     parser = harness.parser(__doc__)
@@ -21,39 +19,34 @@ def main() -> int:
     parser.set_defaults(rounds=1)
     arguments = parser.parse_args()
     with Report("moving", arguments) as report:
-        urls = {}
         for store in ("journal", "sqlite"):
             folder = report.new_folder()
-            harness.in_child(fill, store, folder, arguments.trials)
-            urls[store] = url_of(store, folder)
-        study = "--study=" + harness.in_child(study_name, urls["sqlite"])
-        for source, url in urls.items():
-            commands: dict[str, list[str]] = {
+            name = harness.in_child(fill, store, folder, arguments.trials)
+            url = f"{folder}/journal" if store == "journal" else f"sqlite:///{folder}/sqlite.db"
+            commands = {
                 "check": ["check", url],
-                "check --deep": ["check", url, "--deep"],
+                "copy to a journal": ["copy", url, f"{folder}/copy.log"],
+                "copy to SQLite": ["copy", url, f"sqlite:///{folder}/copy.db"],
+                "export to CSV": ["export", url, "--study", name, "-o", f"{folder}/a.csv"],
+                "export to Parquet": ["export", url, "--study", name, "-o", f"{folder}/a.parquet"],
             }
-            for target in urls:
-                other = new_url(target, report.new_folder())
-                commands[f"copy to {target}"] = ["copy", url, other]
-                commands[f"copy --verify of it ({target})"] = ["copy", url, other, "--verify"]
-            del study
-            for name, command in commands.items():
-                cost = run(command)
-                what = f"{name}, {source}, {arguments.trials:,} trials"
-                report.add(Row(what, "MB", {OURS: cost[0]}))
-                report.add(Row(what, "ms per trial", {OURS: cost[1] / arguments.trials}))
+            for what, command in commands.items():
+                megabytes, ms = run(command)
+                row = f"{what}, {store}, {arguments.trials:,} trials"
+                report.add(Row(row, "MB", {OURS: megabytes}))
+                report.add(Row(row, "ms of CPU per trial", {OURS: ms / arguments.trials}))
     return 0
 
 
-def fill(store: str, folder: Path, n_trials: int) -> None:
-    harness.fill_in_bulk(harness.open_storage(OURS, store, folder), n_trials)
+def fill(store: str, folder: Path, n_trials: int) -> str:
+    return harness.fill_in_bulk(harness.open_storage(OURS, store, folder), n_trials)
 
 
 def run(command: list[str]) -> tuple[float, float]:
     """Peak memory in MB and CPU time in ms of ``trialstore`` with these arguments."""
-    print(" ".join(command), file=sys.stderr)
-    arguments = [sys.executable, "-m", "trialstore", *command]
-    pid = os.posix_spawn(sys.executable, arguments, os.environ)
+    arguments = [sys.executable, "-m", "trialstore", *command, "--json"]
+    nowhere = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=nowhere)
     _, status, usage = os.wait4(pid, 0)
     if os.waitstatus_to_exitcode(status):
         raise RuntimeError(f"{arguments} failed")

@@ -34,6 +34,7 @@ _logger = logging.getLogger("trialstore")
 _KINDS_MAX: Final = 1024
 
 STATES: Final = tuple(TrialState(code) for code in range(len(TrialState)))
+_DROPPED: Final[dict[Any, Any]] = {}
 _UNFINISHED: Final = frozenset({TrialState.RUNNING, TrialState.WAITING})
 
 
@@ -275,36 +276,29 @@ class StudyContents:
 
     def trial_images(self) -> Iterator[r.PutTrial]:
         texts = self._distribution_texts()
-        for slot in self.slots:
-            if isinstance(slot, TrialContents):
-                state, values = slot.state, slot.values
-                owner = slot.owner if state == r.RUNNING else ""
-                start, complete = slot.start, slot.complete
-            else:
-                state, values, owner = int(slot.state), slot.values, ""
-                start, complete = slot.datetime_start, slot.datetime_complete
-            distributions = slot.distributions
-            yield r.PutTrial(
-                trial_id=slot_id(slot),
-                study_id=self.id,
-                number=slot.number,
-                state=state,
-                values=values,
-                datetime_start=_time_text(start),
-                datetime_complete=_time_text(complete),
-                params={
-                    name: _internal(distributions[name], external)
-                    for name, external in slot.params.items()
-                },
-                distributions=[
-                    texts.get(id(distribution)) or distribution_to_json(distribution)
-                    for distribution in distributions.values()
-                ],
-                user_attrs=slot.user_attrs,
-                system_attrs=slot.system_attrs,
-                intermediate_values=slot.intermediate_values,
-                owner=owner,
-            )
+        return (_trial_image(slot, self.id, texts) for slot in self.slots)
+
+    def unfinished_images(self) -> Iterator[r.PutTrial]:
+        """By id."""
+        texts = self._distribution_texts()
+        return (
+            _trial_image(trial, self.id, texts) for _, trial in sorted(self.unfinished.items())
+        )
+
+    def take_finished(self) -> Iterator[r.PutTrial]:
+        """Images of the trials that have finished since the last call; what they say is dropped.
+
+        For who hands a study on and holds little of it. Nobody may read its trials any more.
+        """
+        texts = self._distribution_texts()
+        for index in sorted(self.unread):
+            trial = self.slots[index]
+            assert isinstance(trial, TrialContents)
+            yield _trial_image(trial, self.id, texts)
+            trial.params = trial.distributions = trial.user_attrs = trial.system_attrs = _DROPPED
+            trial.intermediate_values = _DROPPED
+            trial.start = trial.complete = trial.values = trial.view = None
+        self.unread.clear()
 
     def _distribution_texts(self) -> dict[int, str]:
         """The JSON of each interned distribution, by ``id`` of the object."""
@@ -326,6 +320,40 @@ def _internal(distribution: BaseDistribution, external: Any) -> float:
 def parse_distribution(json: str) -> BaseDistribution:
     """Raises what Optuna raises for a text that holds none."""
     return json.distribution if isinstance(json, r.ObjectText) else json_to_distribution(json)
+
+
+def _trial_image(
+    slot: TrialContents | FrozenTrial, study_id: int, texts: dict[int, str]
+) -> r.PutTrial:
+    if isinstance(slot, TrialContents):
+        state, values = slot.state, slot.values
+        owner = slot.owner if state == r.RUNNING else ""
+        start, complete = slot.start, slot.complete
+    else:
+        state, values, owner = int(slot.state), slot.values, ""
+        start, complete = slot.datetime_start, slot.datetime_complete
+    distributions = slot.distributions
+    return r.PutTrial(
+        trial_id=slot_id(slot),
+        study_id=study_id,
+        number=slot.number,
+        state=state,
+        values=values,
+        datetime_start=_time_text(start),
+        datetime_complete=_time_text(complete),
+        params={
+            name: _internal(distributions[name], external)
+            for name, external in slot.params.items()
+        },
+        distributions=[
+            texts.get(id(distribution)) or distribution_to_json(distribution)
+            for distribution in distributions.values()
+        ],
+        user_attrs=slot.user_attrs,
+        system_attrs=slot.system_attrs,
+        intermediate_values=slot.intermediate_values,
+        owner=owner,
+    )
 
 
 def _time_text(time: str | datetime | None) -> str | None:

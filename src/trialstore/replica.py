@@ -664,6 +664,15 @@ class Replica:
             self._put_in_order(study)
         return study.trial_images()
 
+    def unfinished_images(self, study_id: int) -> Iterator[r.PutTrial]:
+        """By id."""
+        return self._study(study_id).unfinished_images()
+
+    def take_finished(self, study_id: int) -> Iterator[r.PutTrial]:
+        """Images of the trials that have finished since the last call; what they say is dropped,
+        so that nobody may read trials of the study here any more."""
+        return self._study(study_id).take_finished()
+
 
 def _readable_directions(name: str, directions: list[int]) -> list[StudyDirection]:
     readable = []

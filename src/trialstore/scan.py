@@ -1,24 +1,38 @@
-"""A whole store, read once and handed on: no ``FrozenTrial`` is built, and nothing is kept.
+"""A whole store, read once and handed on: no ``FrozenTrial`` is built, and little is held.
 
-A log that is ``Paged`` is read in portions. Of any other one the trials of one study are held in
-a replica, about 1.2 KB each, because the operations on a trial may be anywhere in a journal.
+A log that is ``Paged`` is read in portions. Of any other one each trial is packed as soon as it
+is finished, about 0.4 KB, because the operations on a trial may be anywhere in a journal.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Final
+import heapq
+from operator import attrgetter
+from typing import Final, NamedTuple
 
+import msgspec
 from optuna.study import StudyDirection
 
 from trialstore.log import START, Cursor, Log, Overview, Paged, Wanted
 from trialstore.records import COMPLETE, PutStudy, PutTrial
 from trialstore.replica import Replica
-from trialstore.snapshot import apply_all
+from trialstore.snapshot import apply_all, pack, unpack
 
 _PAGE_TRIALS: Final = 1000
 _MAXIMIZE: Final = int(StudyDirection.MAXIMIZE)
+
+
+_decoder: Final = msgspec.msgpack.Decoder(PutTrial)
+
+
+class _Packed(NamedTuple):
+    """A finished trial without its distributions, and those."""
+
+    trial_id: int
+    image: bytes
+    distributions: tuple[str, ...]
 
 
 class Scan:
@@ -36,6 +50,8 @@ class Scan:
         self._log = log
         self._replica = Replica() if replica is None else replica
         self._cursor: Cursor = START
+        self._packed: dict[int, list[_Packed]] = {}
+        self._texts: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._catch_up(Wanted(catalogue=True))
 
     def _catch_up(self, wanted: Wanted) -> None:
@@ -43,8 +59,19 @@ class Scan:
             batch = self._log.exchange((), self._cursor, wanted)
             apply_all(self._replica, batch.news)
             self._cursor = batch.cursor
-            if not batch.more:
+            more = batch.more
+            del batch
+            for study_id in self._replica.loaded_study_ids():
+                packed = self._packed.setdefault(study_id, [])
+                packed += map(self._pack, self._replica.take_finished(study_id))
+            if not more:
                 return
+
+    def _pack(self, image: PutTrial) -> _Packed:
+        # Most trials of a study have the same distributions, which are most of an image.
+        texts = tuple(image.distributions)
+        image.distributions.clear()
+        return _Packed(image.trial_id, pack(image), self._texts.setdefault(texts, texts))
 
     @property
     def studies(self) -> list[PutStudy]:
@@ -83,8 +110,22 @@ class Scan:
                 yield from page
                 above = page[-1].trial_id
             return
+        if self._log is None:
+            yield from self._replica.trial_images(study_id)
+            return
         self._catch_up(Wanted(trials_of=frozenset((study_id,))))
-        yield from self._replica.trial_images(study_id)
+        finished = sorted(self._packed.get(study_id, ()), key=attrgetter("trial_id"))
+        yield from heapq.merge(
+            map(_unpack, finished),
+            self._replica.unfinished_images(study_id),
+            key=attrgetter("trial_id"),
+        )
+
+
+def _unpack(packed: _Packed) -> PutTrial:
+    image = unpack(packed.image, _decoder, PutTrial)
+    image.distributions.extend(packed.distributions)
+    return image
 
 
 def _is_better(image: PutTrial, best: PutTrial, maximize: bool) -> bool:

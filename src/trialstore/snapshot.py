@@ -110,12 +110,12 @@ def dump(replica: Replica, cursor: Cursor, n_records: int) -> bytes:
     for study_id in replica.study_ids():
         places: list[_Place] = []
         for section in _sections(replica, study_id):
-            body = _pack(section)
+            body = pack(section)
             places.append(_Place(offset, len(body), zlib.crc32(body)))
             bodies.append(body)
             offset += len(body)
         infos.append(_StudyInfo(replica.study_image(study_id), places))
-    header = _pack(_Header(n_records, cursor, replica.positions(), infos))
+    header = pack(_Header(n_records, cursor, replica.positions(), infos))
     prefix = _MAGIC + len(header).to_bytes(4, "big") + zlib.crc32(header).to_bytes(4, "big")
     return b"".join([prefix, header, *bodies])
 
@@ -174,7 +174,7 @@ def _records(header: _Header, body: memoryview, focus: Container[int] | None) ->
             for place in info.sections:
                 part = body[place.offset : place.offset + place.length]
                 part = _checked(part, place.length, place.checksum)
-                section = _unpack(part, _section_decoder, _Section)
+                section = unpack(part, _section_decoder, _Section)
                 yield from _section_records(section, info.study.study_id)
 
 
@@ -213,7 +213,7 @@ def _read_header(snapshot: memoryview) -> tuple[_Header, memoryview]:
     length = int.from_bytes(snapshot[len(_MAGIC) : len(_MAGIC) + 4], "big")
     checksum = int.from_bytes(snapshot[len(_MAGIC) + 4 : _PREFIX_LEN], "big")
     header = _checked(snapshot[_PREFIX_LEN : _PREFIX_LEN + length], length, checksum)
-    return _unpack(header, _header_decoder, _Header), snapshot[_PREFIX_LEN + length :]
+    return unpack(header, _header_decoder, _Header), snapshot[_PREFIX_LEN + length :]
 
 
 def _checked(part: memoryview, length: int, checksum: int) -> memoryview:
@@ -224,14 +224,15 @@ def _checked(part: memoryview, length: int, checksum: int) -> memoryview:
     return part
 
 
-def _pack(value: msgspec.Struct) -> bytes:
+def pack(value: msgspec.Struct) -> bytes:
+    """The value as bytes; whatever a record may hold."""
     try:
         return b"M" + msgspec.msgpack.encode(value)
     except (UnicodeEncodeError, OverflowError):
         return b"J" + json.dumps(msgspec.to_builtins(value, str_keys=True)).encode()
 
 
-def _unpack(part: memoryview, decoder: msgspec.msgpack.Decoder[_T], kind: type[_T]) -> _T:
+def unpack(part: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_T], kind: type[_T]) -> _T:
     try:
         if bytes(part[:1]) == b"M":
             return decoder.decode(part[1:])
