@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from trialstore.logs.relational import tables as t
 from trialstore.logs.relational.dialects import Dialect
-from trialstore.logs.relational.writing import column_number, template_values
+from trialstore.logs.relational.writing import number_and_type, template_values
 from trialstore.records import CreateTrial
 
 _TAKEN = (
@@ -96,11 +96,11 @@ def _insert_children(connection: Connection, trials: list[tuple[int, CreateTrial
             row = {"param_name": name, "param_value": internal, "distribution_json": text}
             params.append({**of, **row})
         for objective, value in enumerate(template_values(record)):
-            number, kind = column_number(value)
+            number, kind = number_and_type(value)
             row = {"objective": objective, "value": number, "value_type": kind}
             values.append({**of, **row})
         for step, value in record.intermediate_values.items():
-            number, kind = column_number(value)
+            number, kind = number_and_type(value)
             row = {"intermediate_value": number, "intermediate_value_type": kind}
             steps.append({**of, "step": int(step), **row})
         for rows, attrs in ((user_attrs, record.user_attrs), (system_attrs, record.system_attrs)):
