@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 import logging
 import math
@@ -36,7 +36,6 @@ from trialstore import records as r
 from trialstore.contents import STATES, StudyContents, TrialContents, slot_id
 from trialstore.log import Wanted
 from trialstore.records import ACCEPTED, Outcome, Record, Verdict
-from trialstore.waiting import WaitingTrials
 
 _logger = logging.getLogger("trialstore")
 
@@ -517,8 +516,8 @@ class Replica:
     def directions(self, study_id: int) -> list[StudyDirection]:
         return list(self._study(study_id).directions)
 
-    def n_objectives(self, study_id: int) -> int:
-        return len(self._study(study_id).directions)
+    def n_objectives_of_trial(self, trial_id: int) -> int:
+        return len(self._studies[self.study_id_of_trial(trial_id)].directions)
 
     def study_user_attrs(self, study_id: int) -> dict[str, Any]:
         return self._study(study_id).user_attrs
@@ -592,14 +591,15 @@ class Replica:
             self._put_in_order(study)
         return study.trials(states)
 
-    def waiting(self, study_id: int, mutex: AbstractContextManager[Any]) -> WaitingTrials:
+    def waiting(self, study_id: int, mutex: AbstractContextManager[Any]) -> Sequence[FrozenTrial]:
         """The WAITING trials by id, however many, at the cost of the few that are looked at.
 
         Args:
             study_id: Their study.
             mutex: What keeps this replica from changing.
         """
-        return self._study(study_id).waiting.trials(mutex)
+        waiting = self._study(study_id).waiting
+        return waiting.trials(mutex) if waiting else []
 
     def count(self, study_id: int, states: Container[TrialState] | None) -> int:
         counts = self._study(study_id).counts

@@ -551,17 +551,13 @@ class Storage(BaseStorage, BaseHeartbeat):
         exchanger.raise_rejected(trial_id)
         code = checks.trial_state(state)
         now = r.now_text()
-        with exchanger.mutex:
-            known = self._replica.has_trial(trial_id)
-        if not known:
-            exchanger.run((), Wanted(trials=frozenset((trial_id,))))
         record = r.SetTrialStateValues(
             trial_id=trial_id,
             state=code,
             values=checks.objective_values(values, self._n_objectives(trial_id)),
             datetime_start=now if code == r.RUNNING else None,
             datetime_complete=now if code in r.FINISHED else None,
-            **self._exchanger.marks(),
+            **exchanger.marks(),
         )
         if code != r.RUNNING:
             self._wait_for_the_asker(trial_id)
@@ -582,7 +578,12 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def _n_objectives(self, trial_id: int) -> int:
         with self._exchanger.mutex:
-            return self._replica.n_objectives(self._replica.study_id_of_trial(trial_id))
+            if self._replica.has_trial(trial_id):
+                return self._replica.n_objectives_of_trial(trial_id)
+        return self._read(
+            Wanted(trials=frozenset((trial_id,))),
+            lambda replica: replica.n_objectives_of_trial(trial_id),
+        )
 
     def _wait_for_the_asker(self, trial_id: int) -> None:
         """Of another storage's RUNNING trial: what that one put off must arrive first."""
