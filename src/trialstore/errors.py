@@ -7,7 +7,9 @@
     ├── OutcomeUnknownError      (also StorageInternalError)  stored or not, nobody can say
     ├── LogCorruptError          (also StorageInternalError)  undecodable bytes, and where
     │   └── LogReplacedError                                  another log than the one read before
+    │       └── LogCompactedError                             the same, in fewer records
     ├── SnapshotRefusedError     (also ValueError)            bytes that are no snapshot of ours
+    ├── CompactionRefusedError   (also ValueError)            somebody would lose by a compaction
     ├── SecretNotFoundError      (also LookupError)           a password is not where it should be
     └── IncompatibleSchemaError  (also RuntimeError)          the message says what to run
 
@@ -84,6 +86,19 @@ class LogReplacedError(LogCorruptError):
 
     What was read from the old one does not fit; a new storage reads the new one.
     """
+
+
+class LogCompactedError(LogReplacedError):
+    """The records that follow the cursor are not kept one by one any more; nothing was appended.
+
+    A storage reads the journal anew and goes on. Who reads it through Optuna's two methods opens
+    a new storage.
+    """
+
+
+class CompactionRefusedError(TrialstoreError, ValueError):
+    """To compact or trim this journal would harm somebody; the message says whom, and nothing was
+    changed."""
 
 
 class SnapshotRefusedError(TrialstoreError, ValueError):

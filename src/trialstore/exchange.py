@@ -26,7 +26,7 @@ import weakref
 from optuna.exceptions import UpdateFinishedTrialError
 
 from trialstore.clock import Clock
-from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.errors import LogCompactedError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import (
     NOTHING,
     START,
@@ -46,7 +46,7 @@ from trialstore.records import (
     Verdict,
 )
 from trialstore.replica import Replica
-from trialstore.snapshot import Saver, apply_all, catch_up, restore
+from trialstore.snapshot import Saver, apply_all, catch_up, restore, restore_base
 
 _logger = logging.getLogger("trialstore")
 _T = TypeVar("_T")
@@ -273,7 +273,12 @@ class Exchanger:
             return decided
 
         with self._leading():
-            batch = self.log.exchange_if(told, self._cursor, wanted)
+            while True:
+                try:
+                    batch = self.log.exchange_if(told, self._cursor, wanted)
+                    break
+                except LogCompactedError:
+                    self._read_anew()
             with self.mutex:
                 outcomes = self._apply(batch.news, batch.outcomes, decided)
                 self._cursor = batch.cursor
@@ -340,11 +345,22 @@ class Exchanger:
         sent = [record for part in parts for record in part]
         if self._cursor is START and isinstance(self.log, SnapshotStore):
             self._open_from_snapshot(self.log)
-        batch = self.log.exchange(sent, self._cursor, wanted)
+        known: dict[int, Outcome] = {}
+        while True:
+            fresh = [record for record in sent if record.seq not in known] if known else sent
+            try:
+                batch = self.log.exchange(fresh, self._cursor, wanted)
+                break
+            except LogCompactedError:
+                # An attempt before this one, whose answer was lost, may have appended them.
+                known = self._read_anew()
         with self.mutex:
-            outcomes = self._apply(batch.news, batch.outcomes, sent)
+            outcomes = self._apply(batch.news, batch.outcomes, fresh)
             self._cursor = batch.cursor
             self.n_exchanges += 1
+        if known:
+            known.update(zip((record.seq for record in fresh), outcomes, strict=True))
+            outcomes = [known[record.seq] for record in sent]
         while batch.more:
             batch = self.log.exchange((), self._cursor, wanted)
             with self.mutex:
@@ -416,6 +432,37 @@ class Exchanger:
             self.replica, self._cursor = restored.replica, restored.cursor
             self._saver = Saver(log, restored.n_records)
 
+    def _read_anew(self) -> dict[int, Outcome]:
+        """Everything, after the records behind the cursor were compacted or trimmed away.
+
+        Not from a snapshot of today: it would not say what became of this storage's records.
+
+        Returns:
+            The outcomes of this storage's records, by ``seq``, as far as anybody may ask.
+        """
+        while True:
+            (replica, cursor, n_records), marks = restore_base(self.log)
+            outcomes = marks[self.worker_id].outcomes() if self.worker_id in marks else {}
+            try:
+                more = True
+                while more:
+                    batch = self.log.exchange((), cursor, NOTHING)
+                    for record in batch.news:
+                        outcome = replica.apply(record)
+                        if isinstance(record, Operation) and record.worker_id == self.worker_id:
+                            outcomes[record.seq] = outcome
+                    cursor, more = batch.cursor, batch.more
+                    n_records += len(batch.news)
+            except LogCompactedError:
+                if cursor is START:
+                    raise
+                continue  # once more, meanwhile
+            with self.mutex:
+                self.replica, self._cursor = replica, cursor
+                if isinstance(self.log, SnapshotStore):
+                    self._saver = Saver(self.log, n_records)
+            return outcomes
+
     def _load(self, wanted: Wanted) -> None:
         """Trials of wanted studies that the replica passed over so far.
 
@@ -427,8 +474,11 @@ class Exchanger:
         with self._leading():
             with self.mutex:
                 focus = self.replica.loaded_study_ids() | self.replica.unloaded(wanted)
-            restored = restore(cast(Any, self.log), focus)
-            restored = catch_up(self.log, restored)
+            try:
+                restored = catch_up(self.log, restore(cast(Any, self.log), focus))
+            except LogCompactedError:
+                self._read_anew()
+                return
             with self.mutex:
                 self.replica, self._cursor = restored.replica, restored.cursor
 

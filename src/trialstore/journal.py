@@ -15,6 +15,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from trialstore import snapshot as snapshots
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
+from trialstore.compaction import Compacted, compact, trim
 from trialstore.log import Log, Wanted
 from trialstore.logs.backend import BackendLog
 from trialstore.logs.file import FileLog
@@ -26,11 +27,14 @@ __all__ = [
     "BaseJournalBackend",
     "BaseJournalFileLock",
     "BaseJournalSnapshot",
+    "Compacted",
     "JournalFileBackend",
     "JournalFileOpenLock",
     "JournalFileSymlinkLock",
     "JournalRedisBackend",
     "JournalStorage",
+    "compact",
+    "trim",
 ]
 
 

@@ -7,7 +7,7 @@ never another log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -391,4 +391,89 @@ class Described(Protocol):
     def facts(self) -> dict[str, Any]:
         """``kind``, ``address`` (without secrets), ``size_bytes`` where known, and what else is
         worth knowing of this kind; JSON values."""
+        ...
+
+
+class Marks(msgspec.Struct, frozen=True, array_like=True):
+    """What became of the records of one storage, for those of them that it may send again.
+
+    Args:
+        applied: First and last ``seq``, in order, of every run of records that are in the log.
+        created: ``seq`` to the id of what it created; of the latest ones only.
+        refused: ``seq`` to its ``Verdict``, where that is not ACCEPTED; likewise.
+    """
+
+    applied: list[tuple[int, int]]
+    created: dict[int, int] = {}
+    refused: dict[int, int] = {}
+
+    def outcomes(self) -> dict[int, Outcome]:
+        """By ``seq``."""
+        return {
+            seq: Outcome(Verdict(self.refused.get(seq, 0)), self.created.get(seq, -1))
+            for first, last in self.applied
+            for seq in range(first, last + 1)
+        }
+
+
+class Base(msgspec.Struct, frozen=True):
+    """What stands in a journal for the records that were compacted or trimmed away.
+
+    Args:
+        marks: By ``worker_id``.
+        snapshot: What the records before ``cursor`` came to, if they are gone.
+        cursor: Where the records begin; ``START`` without a snapshot.
+    """
+
+    marks: Mapping[str, Marks]
+    snapshot: bytes | memoryview | None = None
+    cursor: Cursor = START
+
+
+class Compaction(msgspec.Struct, frozen=True):
+    """What is to take the place of the records before a cursor.
+
+    Args:
+        lines: Journal lines without their newlines, or, for a trim, one snapshot.
+        cursor: Position after the last record that they stand for.
+        marks: By ``worker_id``, of the records that they stand for.
+    """
+
+    lines: Iterable[bytes]
+    cursor: Cursor
+    marks: Mapping[str, Marks]
+
+
+@runtime_checkable
+class CompactableLog(Protocol):
+    """A journal in which fewer records can take the place of many."""
+
+    def compact(self, make: Callable[[], Compaction]) -> None:
+        """Replace the records before a cursor, atomically, by the lines that ``make`` returns.
+
+        Records after the cursor stay as they are, also those that come while this runs. ``make``
+        runs while no other process compacts; nobody waits for it. Whoever has read up to the
+        cursor or further goes on without noticing; others get ``LogCompactedError``.
+
+        Raises:
+            CompactionRefusedError: It can't be done atomically where this journal is kept.
+            LogUnavailableError: Somebody else compacts it, or it can't be written.
+        """
+        ...
+
+    def load_base(self) -> Base:
+        """What a reader of everything begins with."""
+        ...
+
+
+@runtime_checkable
+class TrimmableLog(Protocol):
+    """A journal whose first records can be given up for a snapshot."""
+
+    def trim(self, make: Callable[[], Compaction]) -> None:
+        """Remove the records before a cursor and keep a snapshot of what they came to.
+
+        Raises:
+            As ``CompactableLog.compact``.
+        """
         ...

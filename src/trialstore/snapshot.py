@@ -16,7 +16,7 @@ Source: docs/formats/snapshot.md.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 import gc
 import itertools
 import json
@@ -29,7 +29,7 @@ import zlib
 import msgspec
 
 from trialstore.errors import SnapshotRefusedError
-from trialstore.log import NOTHING, START, Cursor, Log, SnapshotStore
+from trialstore.log import NOTHING, START, CompactableLog, Cursor, Log, Marks, SnapshotStore
 from trialstore.records import PutParam, PutPositions, PutStudy, PutTrial, Record
 from trialstore.replica import Replica
 
@@ -269,6 +269,16 @@ def restore(log: _SnapshotLog, focus: Container[int] | None) -> Restored:
         except SnapshotRefusedError as error:
             _logger.warning("The snapshot is ignored, and rebuilt in time: %s", error)
     return Restored(Replica(), START, 0)
+
+
+def restore_base(log: Log) -> tuple[Restored, Mapping[str, Marks]]:
+    """What a reader of every record that is kept begins with, and the marks of the others."""
+    if not isinstance(log, CompactableLog):
+        return Restored(Replica(), START, 0), {}
+    base = log.load_base()
+    if base.snapshot is None:
+        return Restored(Replica(), base.cursor, 0), base.marks
+    return load(base.snapshot)._replace(cursor=base.cursor), base.marks
 
 
 def catch_up(log: Log, restored: Restored) -> Restored:

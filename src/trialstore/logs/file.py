@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import os
+import stat
 import sys
 import threading
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -41,15 +42,17 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 
 from trialstore.errors import (
+    LogCompactedError,
     LogCorruptError,
     LogReplacedError,
     LogUnavailableError,
     OutcomeUnknownError,
 )
 from trialstore.findings import Finding
-from trialstore.log import START, Batch, Cursor, Decide, Entry, Wanted
+from trialstore.log import START, Base, Batch, Compaction, Cursor, Decide, Entry, Wanted
 from trialstore.logs.beats import Beats
 from trialstore.logs.filelock import JournalFileSymlinkLock, file_system_is_local
+from trialstore.logs.head import Head, decode_head, encode_head
 from trialstore.records import (
     RECORD_START,
     AnyOperation,
@@ -82,6 +85,10 @@ _ANSWER_BYTES: Final = 1 << 18
 _MARK_BYTES: Final = 32
 # More than this behind, a worker catches up before it takes the lock.
 _CATCH_UP_BYTES: Final = 1 << 16
+# How many places are remembered for those who read through Optuna's two methods.
+_READ_POSITIONS_MAX: Final = 16
+# A new file is written in pieces of so many lines.
+_COPIED_LINES: Final = 4096
 # With less space than this, a batch is first written so that it does not count.
 _SPACE_LOW_BYTES: Final = 1 << 24
 # What has not been synced is kept, to be written again if a sync fails; so much of it at most.
@@ -161,6 +168,14 @@ def _pwrite(fd: int, data: bytes, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> int:
+    """All of it, and how many bytes that is."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return len(data)
 
 
 def _without_collections(chunks: Iterator[bytes], count: int) -> Iterator[bytes]:
@@ -292,6 +307,7 @@ class FileLog(BaseJournalBackend):
         self._local = False
         self._inode: tuple[int, int] | None = None
         self._identity = 0
+        self._head: Head | None = None  # known with the identity
         self._glued: set[tuple[int, int]] = set()  # (offset, length) of torn prefixes
         self._unsynced: list[tuple[int, bytes]] = []  # (offset, what we wrote there)
         self._sync_failed = False
@@ -333,15 +349,22 @@ class FileLog(BaseJournalBackend):
         with self._mutex:
             position = _position_of(cursor)
             if not records:
-                before = position.offset
+                before = position
                 news, position = self._read_unlocked(position, _decode_chunk, _ANSWER_BYTES)
-                more = position.offset - before >= _ANSWER_BYTES
-                return Batch(None, news, _cursor_of(position), more)
+                # The offsets of two files are not compared: look once more.
+                moved = before.number and position.identity != before.identity
+                more = moved or position.offset - before.offset >= _ANSWER_BYTES
+                return Batch(None, news, _cursor_of(position), bool(more))
             lines = self._lines_of(records)
             self._beats.cover(records)
-            seen, own, position = self._append(
-                lambda seen, position: lines, position, _decode_chunk
-            )
+
+            def lines_of(seen: list[Any], position: _Position) -> _Lines | None:
+                fresh = _without(records, seen)
+                if len(fresh) < len(records):
+                    return self._lines_of(fresh) if fresh else None
+                return lines
+
+            seen, own, position = self._append(lines_of, position, _decode_chunk)
             return Batch(None, seen + own, _cursor_of(position))
 
     def _lines_of(self, records: Sequence[AnyOperation]) -> _Lines:
@@ -403,11 +426,22 @@ class FileLog(BaseJournalBackend):
             LogUnavailableError, LogCorruptError: As for ``exchange``.
         """
         with self._mutex:
-            position = self._read_positions.get(log_number_from, _BEGIN)
-            skip = log_number_from - position.number
-            logs, position = self._read_unlocked(position, _decode_dicts)
-            self._read_positions = {position.number: position}
-            return logs[skip:]
+            begin = self._read_positions.get(log_number_from, _BEGIN)
+            logs, position = self._read_unlocked(begin, _decode_dicts)
+            # Optuna counts from where it began to read, and a compaction changes the numbers.
+            moved = begin.number and position.identity != begin.identity
+            if moved or (log_number_from > begin.number and self._head is not None):
+                self._read_positions.clear()
+                raise self._replaced(begin)
+            self._note_read(position)
+            return logs[log_number_from - begin.number :]
+
+    def _note_read(self, position: _Position) -> None:
+        """Several storages may read through one backend."""
+        self._read_positions.pop(position.number, None)
+        self._read_positions[position.number] = position
+        if len(self._read_positions) > _READ_POSITIONS_MAX:
+            del self._read_positions[next(iter(self._read_positions))]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append records; durable on return.
@@ -420,7 +454,7 @@ class FileLog(BaseJournalBackend):
         data = b"".join(map(encode_dict, logs))
         lines = _Lines(data, _decode_dicts(None, data, 0, 0), self._durability == "full")
         with self._mutex:
-            position = max(self._read_positions.values(), default=_BEGIN)
+            position = next(reversed(self._read_positions.values()), _BEGIN)
             if position is _BEGIN:
                 _, position = self._read_unlocked(position, _decode_dicts)
             self._append(lambda seen, position: lines, position, _decode_dicts)
@@ -451,9 +485,7 @@ class FileLog(BaseJournalBackend):
                 # reads and the next one overwrites.
                 os.ftruncate(fd, 0)
                 for part in (prefix, made[0]):
-                    view = memoryview(part)
-                    while view:
-                        view = view[os.write(fd, view) :]
+                    _write_all(fd, part)
                 os.replace(unfinished, self._snapshot_path)
             except OSError:
                 with contextlib.suppress(OSError):
@@ -573,6 +605,125 @@ class FileLog(BaseJournalBackend):
             return None
         return hashlib.blake2b(tail, digest_size=16).digest()
 
+    # --- CompactableLog ----------------------------------------------------------------------
+
+    def load_base(self) -> Base:
+        """See ``CompactableLog``."""
+        with self._mutex, self._unavailable("can't be read"):
+            end = self._open()
+            if not self._identity:
+                self._identity = self._read_identity(end)
+            return Base(self._head.marks if self._head is not None else {})
+
+    def compact(self, make: Callable[[], Compaction]) -> None:
+        """See ``CompactableLog``. A kill at any moment leaves the old file, or the new one.
+
+        Others wait while the last few records are copied, synced and renamed into place.
+
+        Raises:
+            LogUnavailableError, LogCorruptError: Nothing was changed.
+        """
+        unfinished = self._path + ".compacting"
+        with self._unavailable("can't be compacted"):
+            fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | _BINARY, 0o600)
+            try:
+                if not _is_only_writer(fd, unfinished):
+                    raise LogUnavailableError(f"{self._path}: somebody else is compacting it.")
+                try:
+                    position = self._write_compacted(fd, make())
+                    if position.number:
+                        self._put_in_place(fd, unfinished, position)
+                finally:
+                    with contextlib.suppress(FileNotFoundError):  # it is the journal by now
+                        os.unlink(unfinished)
+            finally:
+                os.close(fd)
+
+    def _write_compacted(self, fd: int, made: Compaction) -> _Position:
+        """The new file but for the records after the cursor, which is returned."""
+        position = _position_of(made.cursor)
+        of = [str(position.identity)]
+        with self._mutex:
+            if self._head is not None:
+                of += self._head.of
+        end = [position.offset, position.number]
+        # Spaces may stand before a record, so room is kept for one whose numbers are not known.
+        longest = [sys.maxsize, sys.maxsize]
+        room = len(encode_head(Head(of, end, longest, dict(made.marks))))
+        os.ftruncate(fd, 0)
+        _write_all(fd, b" " * room + b"\n")
+        offset, number = room + 1, 1
+        lines: list[bytes] = []
+        for line in made.lines:
+            lines.append(line)
+            if len(lines) == _COPIED_LINES:
+                offset += _write_all(fd, b"\n".join(lines) + b"\n")
+                number, lines = number + len(lines), []
+        if lines:
+            offset += _write_all(fd, b"\n".join(lines) + b"\n")
+            number += len(lines)
+        head = encode_head(Head(of, end, [offset, number], dict(made.marks)))
+        _pwrite(fd, head.rjust(room), 0)
+        return position
+
+    def _put_in_place(self, fd: int, unfinished: str, position: _Position) -> None:
+        """Let the new file take the place of the journal, with what came after ``position``."""
+        with self._mutex:
+            status = os.stat(self._path)
+            if hasattr(os, "fchmod"):
+                os.fchmod(fd, stat.S_IMODE(status.st_mode))
+                with contextlib.suppress(PermissionError):
+                    os.fchown(fd, status.st_uid, status.st_gid)
+            # Nobody waits for the bulk of it.
+            _, after = self._read_unlocked(position, _decode_chunk)
+            self._copy(fd, position, after)
+            sync_fd(fd)
+            self._acquire()
+            try:
+                position = after
+                _, after, _ = self._read(position, self._open(), _decode_chunk)
+                self._check_writable()
+                self._copy(fd, position, after)
+                sync_fd(fd)
+                if os.name == "nt":
+                    self._close()  # what is open can't be replaced there
+                os.replace(unfinished, self._path)
+                # A crash before the sync may bring the old file back, in which nothing is missing
+                # as long as nobody could append to the new one.
+                _sync_folder(self._path)
+                self._copy_late(after)
+                with contextlib.suppress(OSError):
+                    os.unlink(self._snapshot_path)  # of the old file
+            finally:
+                self._release()
+                self.close()
+
+    def _copy(self, fd: int, begin: _Position, end: _Position) -> None:
+        """Append the journal's bytes between two positions to the new file."""
+        if end.identity != begin.identity:
+            raise self._replaced(begin)
+        offset = begin.offset
+        while offset < end.offset:
+            chunk = _pread(self._fd, min(_CHUNK_BYTES, end.offset - offset), offset)
+            offset += _write_all(fd, chunk)
+
+    def _copy_late(self, after: _Position) -> None:
+        """What a holder of the lock who was evicted appended to the old file meanwhile.
+
+        One that comes later still sees that the file was replaced; see ``_append``.
+        """
+        if self._fd < 0:
+            return
+        late = b"".join(self._whole_lines(after.offset, os.fstat(self._fd).st_size))
+        late = late[: late.rfind(b"\n") + 1]
+        if late:
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | _BINARY)
+            try:
+                _write_all(fd, late)
+                sync_fd(fd)
+            finally:
+                os.close(fd)
+
     # --- reading -----------------------------------------------------------------------------
 
     def _read_unlocked(
@@ -614,10 +765,9 @@ class FileLog(BaseJournalBackend):
         bytes_max: float = math.inf,
     ) -> tuple[list[_T], _Position, bytes]:
         """Whole records between ``position`` and byte ``end``, where they lead, and the tail."""
-        identity, offset, number, mark = position
-        if not self._identity:
-            self._identity = self._read_identity(end)
-        if number and (identity != self._identity or end < offset):
+        position = self._here(position, end)
+        _, offset, number, mark = position
+        if number and end < offset:
             raise self._replaced(position)
         if number and end == offset and self._local:
             return [], position, b""
@@ -644,6 +794,33 @@ class FileLog(BaseJournalBackend):
             return news, _BEGIN, tail
         mark = zlib.crc32(last[-_MARK_BYTES:])
         return news, _Position(self._identity, offset, number, mark), tail
+
+    def _here(self, position: _Position, end: int) -> _Position:
+        """A cursor as one of the file at the path, also if that was compacted since.
+
+        Raises:
+            LogCompactedError: It is in the middle of what was compacted.
+            LogReplacedError: It is of another journal.
+        """
+        if not self._identity:
+            self._identity = self._read_identity(end)
+        if not position.number or position.identity == self._identity:
+            return position
+        head = self._head
+        if head is None or str(position.identity) not in head.of:
+            raise self._replaced(position)
+        end_offset, end_number = head.end
+        if str(position.identity) != head.of[0] or position.number < end_number:
+            raise LogCompactedError(
+                "the journal was compacted behind what was read; read it anew",
+                source=self._path,
+                record_number=position.number,
+            )
+        begin, number = head.begin
+        offset, mark = begin + position.offset - end_offset, position.mark
+        if position.number == end_number:
+            mark = zlib.crc32(_pread(self._fd, _MARK_BYTES, offset - _MARK_BYTES))
+        return _Position(self._identity, offset, number + position.number - end_number, mark)
 
     def _whole_lines(self, offset: int, end: int) -> Iterator[bytes]:
         """Chunks of whole lines, and at last what no newline ends, if there is any."""
@@ -689,6 +866,7 @@ class FileLog(BaseJournalBackend):
             if not lines.endswith(b"\n"):
                 return 0
             line = lines[: lines.index(b"\n")].lstrip(b" ")
+            self._head = decode_head(line)
             # A repair overwrites a torn prefix; the identity must not depend on it.
             if line[:1] != b"{" or RECORD_START.search(line, 1):
                 line = line[_glued_at(line) :]
@@ -725,6 +903,7 @@ class FileLog(BaseJournalBackend):
                     # Before the first byte, so that no record can be in a file without a name.
                     _sync_folder(self._path)
                 start = self._write(data, end)
+                is_in_place = self._is_in_place()
                 # A crash from here on leaves the records, which may count or be lost together
                 # with the machine; nobody has been told yet.
                 self._note_unsynced(start, data)
@@ -735,6 +914,11 @@ class FileLog(BaseJournalBackend):
                     self._sync()
             finally:
                 self._release()
+            if not is_in_place:
+                # This writer was evicted, and the file compacted before it wrote. What went to
+                # the old file counts only if it was copied, which is seen with the lock.
+                again, own, position = self._append(lines_of, position, decode)
+                return seen + again, own, position
             if durable and self._local:
                 # Without the lock, so that processes share syncs: one that covers a later byte
                 # covers every earlier one.
@@ -778,6 +962,21 @@ class FileLog(BaseJournalBackend):
                 self._release()
                 raise
         return end, caught_up, position
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that is open is still the one at the path."""
+        try:
+            if self._local:
+                status = os.stat(self._path)
+            else:  # only a fresh open asks the server
+                fd = os.open(self._path, os.O_RDONLY | _BINARY)
+                try:
+                    status = os.fstat(fd)
+                finally:
+                    os.close(fd)
+        except FileNotFoundError:
+            return False
+        return (status.st_dev, status.st_ino) == self._inode
 
     def _repair(self, offset: int, tail: bytes) -> None:
         """Overwrite with spaces what counts for nothing: the tail, and torn prefixes."""
@@ -912,6 +1111,7 @@ class FileLog(BaseJournalBackend):
         if inode != self._inode:
             self._inode = inode
             self._identity = 0
+            self._head = None
             self._glued.clear()
             self._unsynced.clear()
             self._sync_failed = False
@@ -991,6 +1191,12 @@ def _decode_dicts(
     if log is None:
         return [json.loads(line) for line in lines.split(b"\n")[:-1]]
     return log._decode_lines_one_by_one(lines, offset, number, json.loads)
+
+
+def _without(records: Sequence[AnyOperation], seen: list[Any]) -> Sequence[AnyOperation]:
+    """Those that are not among the records seen, where an attempt before this one put them."""
+    known = {(record.worker_id, record.seq) for record in seen if record.seq >= 0}
+    return [record for record in records if (record.worker_id, record.seq) not in known]
 
 
 def _position_of(cursor: Cursor) -> _Position:

@@ -7,18 +7,21 @@
 -- KEYS[1]  PREFIX:log_number            number of the last record
 -- KEYS[2]  PREFIX:trialstore:complete   every record up to this number has been written
 -- KEYS[3]  PREFIX:trialstore:leases     when each owner last said that it lives
+-- KEYS[4]  PREFIX:trialstore:stale      records up to this number were left by a compaction
 -- ARGV[1]  PREFIX:log:                  a record's key without its number
 -- ARGV[2]  number of the next record that the caller has not read
 -- ARGV[3]  the last bytes of the record before that one; empty if not known
--- ARGV[4]  how many records may be returned
--- ARGV[5]  1: append only if nothing is new; 0: in any case
--- ARGV[6]  how many owners create or claim a trial by this, whose leases are renewed with it
--- ARGV[7…] those owners, then the records to append
+-- ARGV[4]  the last bytes of record 0, which name the journal; empty if not known
+-- ARGV[5]  how many records may be returned
+-- ARGV[6]  1: append only if nothing is new; 0: in any case
+-- ARGV[7]  how many owners create or claim a trial by this, whose leases are renewed with it
+-- ARGV[8…] those owners, then the records to append
 --
 -- Returns {status, number, records}:
 --   ok       number of the last record, the records before the appended ones
 --   moved    number of the last record, the records that are new, for which nothing was appended
 --   behind   number of the last record; more are new than may be returned, nothing was appended
+--   other    0, this is not the journal that record 0 belonged to
 --   hole     number of a record that is not there (yet), nothing was appended
 --   short    number of the last record, which is before the one the caller has read
 --   changed  number of the record that does not end with the given bytes
@@ -36,18 +39,22 @@ local last = tonumber(stored or '-1')
 if not last then
   return {'number', 0, {stored}}
 end
+if ARGV[4] ~= '' and redis.call('GETRANGE', key_of(0), -#ARGV[4], -1) ~= ARGV[4] then
+  return {'other', 0, {}}
+end
 local next = tonumber(ARGV[2])
 if next > last + 1 then
   return {'short', last, {}}
 end
-if redis.call('EXISTS', key_of(last + 1)) == 1 then
+if redis.call('EXISTS', key_of(last + 1)) == 1
+    and last + 1 > tonumber(redis.call('GET', KEYS[4]) or '-1') then
   return {'beyond', last + 1, {}}
 end
 local tail = ARGV[3]
 if tail ~= '' and redis.call('GETRANGE', key_of(next - 1), -#tail, -1) ~= tail then
   return {'changed', next - 1, {}}
 end
-if last - next + 1 > tonumber(ARGV[4]) then
+if last - next + 1 > tonumber(ARGV[5]) then
   return {'behind', last, {}}
 end
 
@@ -65,7 +72,7 @@ if next <= last then
   end
 end
 
-local first = 7 + tonumber(ARGV[6])
+local first = 8 + tonumber(ARGV[7])
 if #ARGV >= first then
   -- A record carries its writer and its place in that writer's sequence, so no two are equal. One
   -- that is among the news was appended by an attempt whose answer was lost, and attempts that
@@ -81,14 +88,14 @@ if #ARGV >= first then
     end
   end
   if #fresh > 0 then
-    if ARGV[5] == '1' and #news > 0 then
+    if ARGV[6] == '1' and #news > 0 then
       return {'moved', last, news}
     end
     -- The leases first: if that key holds something else, nothing has been written yet.
-    if first > 7 then
+    if first > 8 then
       local time = redis.call('TIME')
       local now_ms = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
-      for index = 7, first - 1 do
+      for index = 8, first - 1 do
         redis.call('HSET', KEYS[3], ARGV[index], now_ms)
       end
     end

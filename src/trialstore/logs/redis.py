@@ -23,6 +23,7 @@ Source: docs/formats/redis.md; Optuna ``JournalRedisBackend``; Redis "Scripting 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import hashlib
 import json
@@ -32,6 +33,7 @@ from pathlib import Path
 import random
 import ssl
 import threading
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 import uuid
@@ -43,13 +45,16 @@ from optuna.storages.journal import BaseJournalBackend
 
 from trialstore.clock import CLOCK, Clock
 from trialstore.errors import (
+    CompactionRefusedError,
+    LogCompactedError,
     LogCorruptError,
     LogReplacedError,
     LogUnavailableError,
     OutcomeUnknownError,
 )
 from trialstore.findings import Finding
-from trialstore.log import START, Batch, Cursor, Decide, Entry, Wanted
+from trialstore.log import START, Base, Batch, Compaction, Cursor, Decide, Entry, Marks, Wanted
+from trialstore.logs.head import Head, decode_head, encode_head
 from trialstore.records import (
     AnyOperation,
     DeleteStudy,
@@ -88,7 +93,8 @@ _HOLE_PAUSE_MAX_S: Final = 0.25
 # Saving takes seconds. A killed saver keeps the others from saving for so long.
 _SAVE_LOCK_S: Final = 300
 
-_SCRIPT_PATH: Final = Path(__file__).with_name("redis.lua")
+_EXCHANGE: Final = "redis.lua"
+_COMPACT: Final = "redis_compact.lua"
 # Deletes the lock only if it is still the one that was taken.
 _RELEASE_SCRIPT: Final = (
     "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
@@ -119,6 +125,21 @@ _FILLER_RECORD: Final = DeleteStudy(worker_id="trialstore-hole", study_id=-1)
 _FILLER: Final = encode_line(_FILLER_RECORD)[:-1]
 _SNAPSHOT_MAGIC: Final = b"\xfftrialstore-redis-1\n"
 
+# An answer holds so many records at most, so that opening needs not all of them in memory twice.
+_ANSWER_RECORDS: Final = 20_000
+# How many places are remembered for those who read through Optuna's two methods.
+_READ_POSITIONS_MAX: Final = 16
+# A compaction writes beside the journal in pieces of so many records and bytes, and removes as
+# many keys at a time. It switches when no more than that came meanwhile.
+_PIECE_RECORDS: Final = 500
+_PIECE_BYTES: Final = 1 << 20
+# A killed compactor keeps others from compacting for so long.
+_COMPACT_LOCK_S: Final = 300
+# Record 1 of a trimmed journal. Without an op_code, so that an Optuna that opens it stops with an
+# error; at a missing record it would wait for ever.
+_TRIMMED_MIN: Final = 4  # of less than so many records, none can go
+_TRIMMED: Final = b'{"trialstore":"trimmed, only trialstore can open this journal","before":'
+
 
 class _Position(NamedTuple):
     """A cursor.
@@ -126,10 +147,12 @@ class _Position(NamedTuple):
     Args:
         number: Of the next record, counted from 0.
         tail: The last bytes of the record before it, each as one character.
+        identity: Those of record 0, which name the journal; empty if not known.
     """
 
     number: int
     tail: str
+    identity: str = ""
 
 
 _BEGIN: Final = _Position(0, "")
@@ -256,6 +279,10 @@ def _send(door: _Door, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
     return door.pipeline(commands)
 
 
+def _command(door: _Door, command: tuple[Any, ...]) -> Any:
+    return door.command(*command)
+
+
 def _ask_settings(client: Any) -> _Settings:
     answers: list[dict[str, Any]] = []
     for ask, args in ((client.info, ()), (client.config_get, ("*append*",))):
@@ -313,10 +340,19 @@ def _kind_of(error: Exception) -> _Kind | None:
 
 
 @functools.cache
-def _script() -> tuple[bytes, bytes]:
-    """The script, and the name that Redis gives it."""
-    body = _SCRIPT_PATH.read_bytes()
+def _script(name: str) -> tuple[bytes, bytes]:
+    """A script, and the name that Redis gives it."""
+    body = Path(__file__).with_name(name).read_bytes()
     return body, hashlib.sha1(body).hexdigest().encode()
+
+
+def _run(door: _Door, name: str, args: Sequence[Any]) -> Any:
+    body, sha = _script(name)
+    try:
+        return door.command("EVALSHA", sha, *args)
+    except _driver().exceptions.NoScriptError:
+        # A server forgets its scripts when it restarts.
+        return door.command("EVAL", body, *args)
 
 
 # --- URLs ----------------------------------------------------------------------------------------
@@ -476,7 +512,7 @@ class RedisLog(BaseJournalBackend):
         self._in_slots = False  # a cluster, and the keys in any of its slots
         # Whether records were sent to which no answer came; cleared once it is known.
         self._is_uncertain = False
-        self._read_position = _BEGIN
+        self._read_positions: dict[int, _Position] = {}  # for read_logs, by record number
         self._mark = f"{uuid.uuid4().hex[:16]}-"
         self._n_marked = 0
         self._leased: set[str] = set()
@@ -525,6 +561,21 @@ class RedisLog(BaseJournalBackend):
     def _lock_key(self) -> str:
         return f"{self._prefix}:trialstore:snapshot_lock"
 
+    @property
+    def _stale_key(self) -> str:
+        return f"{self._prefix}:trialstore:stale"
+
+    @property
+    def _compacting_key(self) -> str:
+        return f"{self._prefix}:trialstore:compacting"
+
+    @property
+    def _base_key(self) -> str:
+        return f"{self._prefix}:trialstore:base"
+
+    def _new_key(self, number: int | str) -> str:
+        return f"{self._prefix}:trialstore:new:{number}"
+
     def _key(self, number: int) -> str:
         return f"{self._prefix}:log:{number}"
 
@@ -542,10 +593,10 @@ class RedisLog(BaseJournalBackend):
         position = _BEGIN if cursor is START else _Position(*cursor)
         lines = [encode_line(record)[:-1] for record in records]
         with self._mutex:
-            news, after = self._exchange_lines(lines, position, self._owners(records))
+            news, after, more = self._exchange_lines(lines, position, self._owners(records))
         if not news:
-            return Batch(None, (), cursor)
-        return Batch(None, self._decode(news, position.number), tuple(after))
+            return Batch(None, (), cursor if after is position else tuple(after))
+        return Batch(None, self._decode(news, after.number - len(news)), tuple(after), more)
 
     def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
         """See ``ConditionalLog``, and ``exchange`` for what it raises.
@@ -557,19 +608,30 @@ class RedisLog(BaseJournalBackend):
         pause_s = _COLLISION_PAUSE_S
         with self._mutex:
             lines: list[bytes] = []
-            news, after = self._exchange_lines(lines, position)
+            news, after = self._read_on(*self._exchange_lines(lines, position))
             while set(lines).isdisjoint(news):
                 if lines:
                     self._clock.sleep(pause_s * random.random())
                     pause_s = min(2 * pause_s, _COLLISION_PAUSE_MAX_S)
-                records = decide(self._decode(news, position.number), tuple(after))
+                records = decide(self._decode(news, after.number - len(news)), tuple(after))
                 position = after
                 if not records:
                     return Batch(None, (), tuple(after))
                 lines = [encode_line(record)[:-1] for record in records]
                 owners = self._owners(records)
-                news, after = self._exchange_lines(lines, position, owners, alone=True)
-            return Batch(None, self._decode(news, position.number), tuple(after))
+                news, after = self._read_on(
+                    *self._exchange_lines(lines, position, owners, alone=True)
+                )
+            return Batch(None, self._decode(news, after.number - len(news)), tuple(after))
+
+    def _read_on(
+        self, news: list[bytes], position: _Position, more: bool
+    ) -> tuple[list[bytes], _Position]:
+        """All of an answer that came in pieces."""
+        while more:
+            further, position, more = self._exchange_lines([], position)
+            news = news + further
+        return news, position
 
     def close(self) -> None:
         """Close the connection; a later call opens another."""
@@ -585,14 +647,25 @@ class RedisLog(BaseJournalBackend):
             LogUnavailableError, LogCorruptError: As for ``exchange``.
         """
         with self._mutex:
-            position = self._read_position
-            if position.number != log_number_from:
-                position = _Position(log_number_from, "")
-            lines, self._read_position = self._exchange_lines([], position)
+            begin = self._read_positions.get(log_number_from, _Position(log_number_from, ""))
+            lines, position = self._read_on([], begin, more=True)
+            # Optuna counts from where it began to read, and a compaction changes the numbers.
+            moved = begin.identity and position.identity != begin.identity
+            if moved or (log_number_from and not begin.identity and self._head() is not None):
+                self._read_positions.clear()
+                self._raise_compacted(log_number_from)
+            self._note_read(position)
         logs: list[dict[str, Any]] = []
         for line in lines:
             logs.append(self._decode_one(line, log_number_from + len(logs), _decode_dict))
         return logs
+
+    def _note_read(self, position: _Position) -> None:
+        """Several storages may read through one backend."""
+        self._read_positions.pop(position.number, None)
+        self._read_positions[position.number] = position
+        if len(self._read_positions) > _READ_POSITIONS_MAX:
+            del self._read_positions[next(iter(self._read_positions))]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append records, all or none; durable on return.
@@ -604,7 +677,7 @@ class RedisLog(BaseJournalBackend):
             return
         with self._mutex:
             lines = [self._encode_dict(fields) for fields in logs]
-            position = self._read_position
+            position = next(reversed(self._read_positions.values()), _BEGIN)
             if position.number == 0:
                 position = _Position(self._ask(lambda door: self._last_number(door)) + 1, "")
             self._exchange_lines(lines, position)
@@ -625,85 +698,122 @@ class RedisLog(BaseJournalBackend):
         owners: Sequence[str] = (),
         *,
         alone: bool = False,
-    ) -> tuple[list[bytes], _Position]:
+    ) -> tuple[list[bytes], _Position, bool]:
         """Append lines, each unique; return what is new after ``position``, they included.
 
         Args:
             owners: Whose leases are renewed with it.
             alone: Append only if nothing is new; else none of the lines is in the answer.
+
+        Returns:
+            The news, the position after them, and whether there is more, which is read next.
         """
         self._is_uncertain = False
         self._ask(lambda door: None)  # whether the keys are in one slot is known from here on
         if self._in_slots:
             if owners:
                 self._beat(owners)
-            news = self._exchange_in_slots(lines, position, alone)
+            news, more = self._exchange_in_slots(lines, position, alone)
+            position = _position_after(position, news)
         else:
-            news = self._exchange_by_script(lines, position, owners, alone)
+            news, position, more = self._exchange_by_script(lines, position, owners, alone)
         self._is_uncertain = False
-        return news, _position_after(position, news)
+        return news, position, more
 
     def _exchange_by_script(
         self, lines: list[bytes], position: _Position, owners: Sequence[str], alone: bool
-    ) -> list[bytes]:
+    ) -> tuple[list[bytes], _Position, bool]:
         news: list[bytes] = []
+        # Read without the script: perhaps of two journals, if it was compacted meanwhile.
+        unsure: list[bytes] = []
         while True:
-            status, number, found = self._run_script(position, lines, owners, alone)
-            if status == b"behind":
-                found = self._read(position.number, number)
-            elif status == b"hole":
-                self._close_hole(number)
-                continue
-            elif status not in (b"ok", b"moved"):
-                self._raise_damaged(status, number, found, position)
-            news += found
-            if status == b"moved":
-                return news
-            if status == b"ok":
-                return news + _without(lines, found)
-            position = _position_after(position, found)
             # An attempt whose answer was lost may have appended them. What is not among the
             # records read was not appended: an attempt that comes late sees these as news.
-            lines = [] if alone else _without(lines, found)
+            pending = _without(lines, news + unsure)
+            if alone and (news or unsure):
+                pending = []
+            after = _position_after(position, unsure)
+            status, number, found = self._run_script(after, pending, owners, alone)
+            if status == b"other":
+                position, unsure = self._moved(position), []
+                continue
+            news += unsure
+            position, unsure = after, []
+            if status == b"moved":
+                return news + found, _position_after(position, found), False
+            if status == b"ok":
+                found += _without(pending, found)
+                return news + found, _position_after(position, found), False
+            if status == b"behind":
+                if not pending:
+                    if len(news) >= _ANSWER_RECORDS:
+                        return news, position, True
+                    number = min(number, position.number + _ANSWER_RECORDS - 1)
+                unsure = self._read(position.number, number)
+            elif status == b"hole":
+                self._close_hole(number)
+            else:
+                self._raise_damaged(status, number, found, position)
 
     def _run_script(
         self, position: _Position, lines: list[bytes], owners: Sequence[str], alone: bool
     ) -> tuple[bytes, int, Any]:
-        body, sha = _script()
         args = (
-            3,
+            4,
             self._number_key,
             self._complete_key,
             self._leases_key,
+            self._stale_key,
             f"{self._prefix}:log:",
             position.number,
             position.tail.encode("latin-1"),
+            position.identity.encode("latin-1"),
             _NEWS_MAX,
             int(alone),
             len(owners),
             *owners,
             *lines,
         )
-
-        def run(door: _Door) -> Any:
-            try:
-                return door.command("EVALSHA", sha, *args)
-            except _driver().exceptions.NoScriptError:
-                # A server forgets its scripts when it restarts.
-                return door.command("EVAL", body, *args)
-
-        status, number, found = self._ask(run, appends=bool(lines))
+        status, number, found = self._ask(
+            lambda door: _run(door, _EXCHANGE, args), appends=bool(lines)
+        )
         return status, number, found
+
+    def _moved(self, position: _Position) -> _Position:
+        """A position in the journal that this one was compacted from, as one of this one.
+
+        Raises:
+            LogCompactedError: It is in the middle of what was compacted.
+            LogReplacedError: It is of another journal.
+        """
+        if not position.number:
+            return _BEGIN
+        first = self._ask(lambda door: door.command("GET", self._key(0)))
+        if first is None:
+            self._raise_damaged(b"missing", 0, [], position)
+        head = decode_head(first)
+        if head is None or position.identity not in head.of:
+            self._raise_damaged(b"changed", 0, [], position)
+        (end,), (begin,) = head.end, head.begin
+        if position.identity != head.of[0] or position.number < end:
+            self._raise_compacted(position.number)
+        tail = position.tail if position.number > end else ""
+        return _Position(begin + position.number - end, tail, _tail(first))
 
     def _exchange_in_slots(
         self, lines: list[bytes], position: _Position, alone: bool
-    ) -> list[bytes]:
+    ) -> tuple[list[bytes], bool]:
         """Without the script, which can't reach keys in several slots.
 
         A crash after the reservation leaves holes, one in the middle of the writing leaves some
         of the records and holes; the caller was told neither.
+
+        Returns:
+            The news, and whether there is more.
         """
         last = self._check_by_hand(position)
+        if not lines and last - position.number >= _ANSWER_RECORDS:
+            return self._read(position.number, position.number + _ANSWER_RECORDS - 1), True
         news = self._read(position.number, last)
         while lines:
             number = position.number + len(news)
@@ -713,7 +823,7 @@ class RedisLog(BaseJournalBackend):
             elif not news and self._reserve_after(number - 1, len(lines)):
                 last = number - 1 + len(lines)
             else:
-                return news + self._read(number, self._ask(self._last_number))
+                return news + self._read(number, self._ask(self._last_number)), False
             end, first = last + 1, last + 1 - len(lines)
             if first < number:
                 # The number was lost since it was looked at, and the reservation began it anew.
@@ -736,7 +846,7 @@ class RedisLog(BaseJournalBackend):
                 )
             # Filled, all or the last ones: they were given up in this place, and get another.
             lines = lines[kept:]
-        return news
+        return news, False
 
     def _reserve(self, door: _Door, count: int) -> int:
         """Take the next numbers; returns the last of them."""
@@ -926,10 +1036,7 @@ class RedisLog(BaseJournalBackend):
             made = make()
             if made is None or made[1] is START:
                 return True
-            snapshot, cursor = made
-            header = msgspec.msgpack.encode((tuple(cursor), zlib.crc32(snapshot)))
-            size = len(header).to_bytes(4, "big")
-            value = b"".join((_SNAPSHOT_MAGIC, size, header, snapshot))
+            value = _pack_snapshot(*made)
             with self._mutex:
                 # Another saver that comes between these two lines has a snapshot as good.
                 if _bytes(self._ask(lambda door: door.command("GET", self._lock_key))) != token:
@@ -945,28 +1052,197 @@ class RedisLog(BaseJournalBackend):
                     _logger.debug("The lock is left to its expiry: %s", error)
 
     def load_snapshot(self) -> tuple[memoryview, Cursor] | None:
-        """See ``SnapshotStore``; None also for bytes that are not ours, or of another journal."""
+        """See ``SnapshotStore``; None also for bytes that are not ours, or of another journal.
+
+        Of a trimmed journal the snapshot that stands for the trimmed records, if no other.
+        """
         with self._mutex:
-            stored = self._ask(lambda door: door.command("GET", self._snapshot_key))
-            if not stored or not stored.startswith(_SNAPSHOT_MAGIC):
-                return None
-            begin = len(_SNAPSHOT_MAGIC) + 4
-            end = begin + int.from_bytes(stored[len(_SNAPSHOT_MAGIC) : begin], "big")
-            try:
-                (number, tail), checksum = msgspec.msgpack.decode(
-                    stored[begin:end], type=tuple[tuple[int, str], int]
+            for key in (self._snapshot_key, self._base_key):
+                stored = self._stored_snapshot(key)
+                if stored is not None:
+                    return stored.snapshot, tuple(stored.position)
+        return None
+
+    def _stored_snapshot(self, key: str) -> _Stored | None:
+        value = self._ask(lambda door: door.command("GET", key))
+        stored = _unpack_snapshot(value or b"")
+        if stored is None:
+            return None
+        position = stored.position
+        expected = [position.identity.encode("latin-1"), position.tail.encode("latin-1")]
+        asks = [
+            ("GETRANGE", self._key(number), -len(tail), -1)
+            for number, tail in zip((0, position.number - 1), expected, strict=True)
+        ]
+        found = self._ask(lambda door: door.pipeline(asks))
+        return stored if [_bytes(value) for value in found] == expected else None
+
+    # --- CompactableLog and TrimmableLog -----------------------------------------------------
+
+    def load_base(self) -> Base:
+        """See ``CompactableLog``."""
+        with self._mutex:
+            stored = self._stored_snapshot(self._base_key)
+            if stored is not None:
+                return Base(stored.marks, stored.snapshot, tuple(stored.position))
+            head = self._head()
+            return Base(head.marks if head is not None else {})
+
+    def _head(self) -> Head | None:
+        return decode_head(self._ask(lambda door: door.command("GET", self._key(0))) or b"")
+
+    def compact(self, make: Callable[[], Compaction]) -> None:
+        """See ``CompactableLog``. A kill at any moment leaves the old journal, or the new one.
+
+        The new records are written beside the old ones, and one script puts all of them in place.
+
+        Raises:
+            LogUnavailableError, LogCorruptError: Nothing was changed.
+            CompactionRefusedError: The keys are in several slots of a cluster.
+        """
+        with self._compacting() as token:
+            made = make()
+            if made.cursor is START:
+                return
+            position = _Position(*made.cursor)
+            count = 1 + self._put(token, 1, made.lines)
+            with self._mutex:
+                old = self._head()
+            of = [position.identity, *(old.of if old is not None else [])]
+            head = encode_head(Head(of, [position.number], [count], dict(made.marks)))
+            self._switch(token, head, count, position)
+            self._sweep(token)
+
+    def _switch(self, token: bytes, head: bytes, count: int, position: _Position) -> None:
+        """Put the new journal in place, with what came after ``position``.
+
+        Args:
+            token: Of the lock.
+            head: The new record 0.
+            count: How many records the new journal has, that one included.
+            position: In the old journal, after the last record that they stand for.
+        """
+        while True:
+            status, number = self._step("switch", token, *_check_args(position), head, count)
+            if status == b"ok":
+                return
+            with self._mutex:
+                if status == b"behind":
+                    # What came meanwhile stays as it is; most of it can be moved before.
+                    lines = self._read(position.number, number)
+                    count += self._put(token, count, lines)
+                    position = _position_after(position, lines)
+                elif status == b"hole":
+                    self._close_hole(number)
+                elif self._ask(lambda door: door.command("GET", self._key(0))) == head:
+                    return  # and the answer to that was lost
+                else:
+                    self._raise_not_done(status, number, position)
+
+    def trim(self, make: Callable[[], Compaction]) -> None:
+        """See ``TrimmableLog``. A kill at any moment leaves the whole journal, or a trimmed one.
+
+        Raises:
+            As ``compact``.
+        """
+        with self._compacting() as token:
+            made = make()
+            # Record 0 names the journal, the last one is what a cursor knows its place by.
+            if made.cursor is START or made.cursor[0] < _TRIMMED_MIN:
+                return
+            position = _Position(*made.cursor)
+            (snapshot,) = made.lines
+            trimmed = b"%s%d}" % (_TRIMMED, position.number)
+            base = _pack_snapshot(snapshot, made.cursor, made.marks)
+            status, number = self._step("trim", token, *_check_args(position), trimmed, base)
+            if status != b"ok":
+                with self._mutex:
+                    self._raise_not_done(status, number, position)
+            end = position.number - 1
+            for first in range(2, end, _PIECE_RECORDS):
+                self._step("drop", token, trimmed, first, min(first + _PIECE_RECORDS, end) - 1)
+
+    @contextlib.contextmanager
+    def _compacting(self) -> Iterator[bytes]:
+        """Keep other compactors out; gives the token that says who is in."""
+        token = uuid.uuid4().hex.encode()
+
+        def take(door: _Door) -> bool:
+            if door.command("SET", self._compacting_key, token, "NX", "EX", _COMPACT_LOCK_S):
+                return True
+            # Ours all the same, if the answer to the first attempt was lost.
+            return _bytes(door.command("GET", self._compacting_key)) == token
+
+        with self._mutex:
+            self._is_uncertain = False
+            self._ask(lambda door: None)
+            if self._in_slots:
+                raise CompactionRefusedError(
+                    f"{self._name}: the records are in several slots of the cluster, so they "
+                    "can't be replaced in one step. Copy the journal to a prefix with a hash tag, "
+                    "say {name}, while nobody works on it."
                 )
-                expected = tail.encode("latin-1")
-            except (msgspec.DecodeError, UnicodeEncodeError):
-                return None
-            snapshot = memoryview(stored)[end:]
-            if zlib.crc32(snapshot) != checksum or number < 1 or not expected:
-                return None
-            key = self._key(number - 1)
-            found = self._ask(lambda door: door.command("GETRANGE", key, -len(expected), -1))
-            if _bytes(found) != expected:
-                return None
-            return snapshot, (number, tail)
+            if not self._ask(take):
+                raise LogUnavailableError(
+                    f"{self._name}: somebody else is compacting it, or was killed while doing so "
+                    f"less than {_COMPACT_LOCK_S} s ago."
+                )
+        try:
+            self._sweep(token)
+            yield token
+        finally:
+            with self._mutex:
+                try:
+                    release = ("EVAL", _RELEASE_SCRIPT, 1, self._compacting_key, token)
+                    self._ask(lambda door: door.command(*release))
+                except (LogUnavailableError, LogCorruptError) as error:
+                    _logger.debug("The lock is left to its expiry: %s", error)
+
+    def _put(self, token: bytes, number: int, lines: Iterable[bytes]) -> int:
+        """Write records beside the journal, the first with this number; returns how many."""
+        count = 0
+        for piece in _pieces(lines):
+            status, _ = self._step("put", token, _COMPACT_LOCK_S, number + count, *piece)
+            if status != b"ok":
+                self._raise_not_done(status, number, _BEGIN)
+            count += len(piece)
+        return count
+
+    def _sweep(self, token: bytes) -> None:
+        """Remove what this compaction, or a killed one, has left, a little at a time."""
+        status, number = self._step("sweep", token, _PIECE_RECORDS)
+        while status == b"behind":
+            status, number = self._step("sweep", token, _PIECE_RECORDS)
+        number, removed = 1, 1
+        while removed:
+            keys = [self._new_key(number + index) for index in range(_PIECE_RECORDS)]
+            unlink = functools.partial(_command, command=("UNLINK", *keys))
+            with self._mutex:
+                removed = self._ask(unlink)
+            number += _PIECE_RECORDS
+
+    def _step(self, name: str, token: bytes, *args: Any) -> tuple[bytes, int]:
+        """A step of redis_compact.lua."""
+        keys = (
+            self._number_key,
+            self._compacting_key,
+            self._stale_key,
+            self._complete_key,
+            self._base_key,
+            f"{self._prefix}:snapshot",
+        )
+        full = (len(keys), *keys, name, f"{self._prefix}:log:", self._new_key(""), token, *args)
+        with self._mutex:
+            status, number = self._ask(lambda door: _run(door, _COMPACT, full))
+            return status, number
+
+    def _raise_not_done(self, status: bytes, number: int, position: _Position) -> NoReturn:
+        if status == b"lost":
+            raise LogUnavailableError(
+                f"{self._name}: this took so long that somebody else may compact it by now; "
+                "nothing was changed."
+            )
+        self._raise_damaged(b"changed" if status == b"other" else status, number, [], position)
 
     # --- Entries and Inspectable -------------------------------------------------------------
 
@@ -1134,6 +1410,8 @@ class RedisLog(BaseJournalBackend):
                 raise ValueError("the checksum does not match")
             return decode(line)
         except (ValueError, RecursionError) as error:
+            if _trimmed_before(line):
+                self._raise_compacted(number)
             raise LogCorruptError(
                 f"no record, or a damaged one: {error}. Nothing is written to a damaged journal.",
                 source=self._key_name(number),
@@ -1147,9 +1425,21 @@ class RedisLog(BaseJournalBackend):
     def _key_name(self, number: int) -> str:
         return f"{self._address} {self._key(number)}"
 
+    def _raise_compacted(self, number: int) -> NoReturn:
+        raise LogCompactedError(
+            "the journal was compacted or trimmed behind what was read; read it anew, with a "
+            f"trialstore storage, which begins a trimmed one at {self._base_key}",
+            source=self._name,
+            record_number=number,
+        )
+
     def _raise_damaged(
         self, status: bytes, number: int, found: list[Any], position: _Position
     ) -> NoReturn:
+        if status in (b"changed", b"missing") and not self._in_slots:
+            second = self._ask(lambda door: door.command("GET", self._key(1)))
+            if number < _trimmed_before(second or b""):
+                self._raise_compacted(number)
         if status == b"number":
             reason = f"holds {found[0]!r} instead of the number of the last record."
             raise LogCorruptError(reason, source=self._name)
@@ -1191,7 +1481,72 @@ class RedisLog(BaseJournalBackend):
 def _position_after(position: _Position, lines: list[bytes]) -> _Position:
     if not lines:
         return position
-    return _Position(position.number + len(lines), lines[-1][-_TAIL_BYTES:].decode("latin-1"))
+    identity = position.identity if position.number else _tail(lines[0])
+    return _Position(position.number + len(lines), _tail(lines[-1]), identity)
+
+
+def _tail(line: bytes) -> str:
+    return line[-_TAIL_BYTES:].decode("latin-1")
+
+
+def _check_args(position: _Position) -> tuple[Any, ...]:
+    """What tells the steps of a compaction that a journal is the one that was read."""
+    tail, identity = position.tail.encode("latin-1"), position.identity.encode("latin-1")
+    return position.number, tail, identity, _PIECE_RECORDS
+
+
+def _pieces(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The same, in lists that a server takes without being noticed."""
+    piece: list[bytes] = []
+    n_bytes = 0
+    for line in lines:
+        piece.append(line)
+        n_bytes += len(line)
+        if len(piece) == _PIECE_RECORDS or n_bytes >= _PIECE_BYTES:
+            yield piece
+            piece, n_bytes = [], 0
+    if piece:
+        yield piece
+
+
+def _trimmed_before(line: bytes) -> int:
+    """Number of the first record that a trim left, if this is record 1 of a trimmed journal."""
+    return int(line[len(_TRIMMED) : -1]) if line.startswith(_TRIMMED) else 0
+
+
+class _Stored(NamedTuple):
+    """A snapshot as it is stored, with marks if it stands for trimmed records."""
+
+    snapshot: memoryview
+    position: _Position
+    marks: dict[str, Marks]
+
+
+def _pack_snapshot(
+    snapshot: bytes, cursor: Cursor, marks: Mapping[str, Marks] = MappingProxyType({})
+) -> bytes:
+    header = msgspec.msgpack.encode((tuple(cursor), zlib.crc32(snapshot), dict(marks)))
+    return b"".join((_SNAPSHOT_MAGIC, len(header).to_bytes(4, "big"), header, snapshot))
+
+
+def _unpack_snapshot(stored: bytes) -> _Stored | None:
+    """None for anything that is not whole and ours."""
+    if not stored.startswith(_SNAPSHOT_MAGIC):
+        return None
+    begin = len(_SNAPSHOT_MAGIC) + 4
+    end = begin + int.from_bytes(stored[begin - 4 : begin], "big")
+    try:
+        fields, checksum, marks = msgspec.msgpack.decode(
+            stored[begin:end], type=tuple[tuple[int, str, str], int, dict[str, Marks]]
+        )
+        position = _Position(*fields)
+        (position.tail + position.identity).encode("latin-1")
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        return None
+    snapshot = memoryview(stored)[end:]
+    if zlib.crc32(snapshot) != checksum or position.number < 1 or not position.tail:
+        return None
+    return _Stored(snapshot, position, marks)
 
 
 def _without(lines: list[bytes], found: list[bytes]) -> list[bytes]:
