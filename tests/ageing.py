@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from grpc_servers import open_served, url_behind
 from trialstore.log import LeaseStore
+from trialstore.logs.grpc.client import GrpcLog
 from trialstore.logs.redis import RedisLog
 from trialstore.storage import Storage
 
@@ -23,7 +26,11 @@ _EARLIER = {
 def age_leases(storage: Storage, duration_s: float) -> None:
     """For any storage of ``backends.py``; skips where its log keeps no leases."""
     log: Any = storage._exchanger.log
-    log = getattr(log, "inner", log)
+    age_leases_of(getattr(log, "inner", log), duration_s)
+
+
+def age_leases_of(log: Any, duration_s: float) -> None:
+    """Likewise, for a log."""
     if not isinstance(log, LeaseStore):
         pytest.skip(f"{log!r} keeps no leases.")
     beats = getattr(log, "_beats", None)
@@ -33,6 +40,10 @@ def age_leases(storage: Storage, duration_s: float) -> None:
         age_heartbeats(log.engine, duration_s)
     elif isinstance(log, RedisLog):
         age_hash(log, duration_s)
+    elif isinstance(log, GrpcLog):
+        url = url_behind(int(log._target.rpartition(":")[2]))
+        with contextlib.closing(open_served(url)) as served:
+            age_leases(served, duration_s)
     else:
         raise NotImplementedError(f"How does time pass in {log!r}?")
 

@@ -34,7 +34,10 @@ _MARIADB = Capabilities(
 )
 # What protobuf does to it: messages end at 4 MiB, names are UTF-8, and a map has no order.
 _STOCK_SERVER = Capabilities(
-    keeps_every_key=False, keeps_order=False, attribute_bytes_max=(4 << 20) - 1024
+    keeps_every_key=False,
+    keeps_order=False,
+    keeps_leases=False,
+    attribute_bytes_max=(4 << 20) - 1024,
 )
 
 

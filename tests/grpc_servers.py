@@ -133,7 +133,16 @@ def serve(url: str, *, stock: bool = False) -> int:
     if isinstance(answer, Exception):
         raise answer
     port: int = answer
+    _urls[port] = url
     return port
+
+
+_urls: dict[int, str] = {}
+
+
+def url_behind(port: int) -> str:
+    """What a server that ``serve`` started stands on."""
+    return _urls[port]
 
 
 def served_url(kind: str, folder: Path) -> str:

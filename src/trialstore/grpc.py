@@ -23,6 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("The gRPC proxy needs grpcio: pip install 'trialstore[grpc]'.") from error
 
+from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
 from trialstore.exchange import Exchanger
 from trialstore.log import START, Log, Wanted
@@ -195,6 +196,12 @@ class GrpcStorageProxy(Storage):
         linger_s: For how long a write on a running trial may wait for an exchange to ride along
             with; 0 writes everything through.
         max_staleness_s: How old an answer may be; 0 means never older than the call.
+        heartbeat_interval: Seconds between two beats for the trials that this storage runs; None
+            is without heartbeat. Expiry is judged by the clock of what the server stands on;
+            docs/heartbeats.md has this and the next three.
+        grace_period: Seconds without a beat after which a trial is failed.
+        heartbeat_stale_trial_callback: What is done about a failed trial.
+        failed_trial_callback: The name of that until Optuna 4.9.
     """
 
     def __init__(
@@ -212,6 +219,10 @@ class GrpcStorageProxy(Storage):
         call_timeout_s: float = CALL_TIMEOUT_S,
         linger_s: float = 0.02,
         max_staleness_s: float = 0.0,
+        heartbeat_interval: int | None = None,
+        grace_period: int | None = None,
+        heartbeat_stale_trial_callback: StaleTrialCallback | None = None,
+        failed_trial_callback: StaleTrialCallback | None = None,
         clock: Clock = CLOCK,
     ) -> None:
         credentials = Credentials(
@@ -229,7 +240,16 @@ class GrpcStorageProxy(Storage):
             retry_deadline_s=retry_deadline_s,
             call_timeout_s=call_timeout_s,
         )
-        super().__init__(log, linger_s=linger_s, max_staleness_s=max_staleness_s, clock=clock)
+        super().__init__(
+            log,
+            linger_s=linger_s,
+            max_staleness_s=max_staleness_s,
+            heartbeat_interval=heartbeat_interval,
+            grace_period=grace_period,
+            heartbeat_stale_trial_callback=heartbeat_stale_trial_callback,
+            failed_trial_callback=failed_trial_callback,
+            clock=clock,
+        )
 
     def _open(self, log: Log) -> None:
         super()._open(log)

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import functools
 from pathlib import Path
 import warnings
 
 import optuna
 import pytest
 
+from ageing import age_leases_of
 from grpc_servers import open_grpc, serve, served_url
 from trialstore.logs.grpc.client import GrpcLog
 from trialstore.storage import Storage
+from trialstore.testing.capability_suites import AgeLeases
 from trialstore.testing.log_suite import LogSuite, OpenLog
 
 try:
@@ -33,6 +36,10 @@ class TestGrpcLogOnJournal(LogSuite):
         port = serve(served_url("journal", tmp_path))
         return lambda: GrpcLog("localhost", port)
 
+    @pytest.fixture
+    def age_leases(self, open_log: OpenLog) -> AgeLeases:
+        return functools.partial(age_leases_of, open_log())
+
 
 class TestGrpcLogOnSQLite(LogSuite):
     keeps_every_key = False
@@ -42,6 +49,10 @@ class TestGrpcLogOnSQLite(LogSuite):
     def open_log(self, tmp_path: Path) -> OpenLog:
         port = serve(served_url("sqlite", tmp_path))
         return lambda: GrpcLog("localhost", port)
+
+    @pytest.fixture
+    def age_leases(self, open_log: OpenLog) -> AgeLeases:
+        return functools.partial(age_leases_of, open_log())
 
 
 @_servers
@@ -54,6 +65,10 @@ class TestGrpcLogOnPostgreSQL(LogSuite):
     def open_log(self, tmp_path: Path) -> OpenLog:
         port = serve(served_url("psycopg", tmp_path))
         return lambda: GrpcLog("localhost", port)
+
+    @pytest.fixture
+    def age_leases(self, open_log: OpenLog) -> AgeLeases:
+        return functools.partial(age_leases_of, open_log())
 
 
 if StorageTestCase is not None:

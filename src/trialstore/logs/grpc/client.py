@@ -13,7 +13,7 @@ Source: docs/formats/grpc.md; gRPC core's ``GRPC_ENABLE_FORK_SUPPORT``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import logging
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ import msgspec
 
 from trialstore.clock import CLOCK, Clock
 from trialstore.errors import LogUnavailableError
-from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
+from trialstore.log import NOTHING, START, Batch, Cursor, Decide, Wanted
 from trialstore.logs.grpc import payload, status
 from trialstore.logs.grpc.foreign import StorageLog
 from trialstore.logs.grpc.generated import log_pb2 as pb
@@ -76,6 +76,11 @@ _OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 2000),
     # Two clients of one process must not share a connection that one of them gives up.
     ("grpc.use_local_subchannel_pool", 1),
+)
+
+_NO_LEASES: Final = (
+    "{!r} is a server that keeps no leases: leave heartbeat_interval out, or serve a journal or a "
+    "database with run_grpc_proxy_server of trialstore."
 )
 
 _inherited: list[Any] = []
@@ -184,6 +189,7 @@ class GrpcLog:
         self._metadata: tuple[tuple[str, str], ...] = ()
         # Marks of records that may have been appended by a call that was given up.
         self._unsettled: set[tuple[str, int]] = set()
+        self._leased: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -223,21 +229,25 @@ class GrpcLog:
             except _NoLogServiceError:
                 self._fall_back()
         assert self._foreign is not None
+        if self._leased:
+            self._keeps_leases()
         return self._foreign.exchange(records, cursor, wanted)
 
     def _exchange(self, records: list[AnyOperation], cursor: Cursor, wanted: Wanted) -> Batch:
         packed = payload.pack_records(records)
         if len(packed) > _REQUEST_BYTES_MAX:
             return self._exchange_in_parts(records, cursor, wanted)
-        request = pb.ExchangeRequest(
-            records=packed,
-            cursor=b"" if cursor is START else cursor,
-            wanted=payload.pack_wanted(wanted),
-        )
+        request = self._request(packed, records, cursor, wanted)
         if not records and cursor is START:
             return self._read(request)
         reply = self._send(request, records) if records else self._ask(request)
         self._speaks_log = True
+        return self._batch(reply, request, records, wanted)
+
+    def _batch(
+        self, reply: Any, request: Any, records: list[AnyOperation], wanted: Wanted
+    ) -> Batch:
+        """What a reply holds, and what it leaves to ``Read``."""
         outcomes = payload.unpack_outcomes(reply.outcomes)
         if reply.more:
             request.records = b""
@@ -246,6 +256,16 @@ class GrpcLog:
             return Batch(outcomes, rest.news, rest.cursor)
         news = [record for part in reply.news for record in payload.unpack_records(part)]
         return Batch(outcomes, news, reply.cursor or START)
+
+    def _request(
+        self, packed: bytes, records: list[AnyOperation], cursor: Cursor, wanted: Wanted
+    ) -> Any:
+        return pb.ExchangeRequest(
+            records=packed,
+            cursor=b"" if cursor is START else cursor,
+            wanted=payload.pack_wanted(wanted),
+            leased=bool(self._leased) and any(one.worker_id in self._leased for one in records),
+        )
 
     def _ask(self, request: Any) -> Any:
         try:
@@ -318,6 +338,84 @@ class GrpcLog:
         channel, self._channel, self._calls = self._channel, None, {}
         if channel is not None:
             channel.close()
+
+    # --- ConditionalLog --------------------------------------------------------------------------
+
+    def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
+        """See ``ConditionalLog``; ``decide`` runs here, and again if somebody came between.
+
+        The server compares what is new with what was decided on. On a plain Optuna server nobody
+        compares anything.
+        """
+        batch = self.exchange((), cursor, wanted)
+        expected = b""
+        while True:
+            records = list(decide(batch.news, batch.cursor))
+            if not records:
+                return Batch((), (), batch.cursor)
+            if self._foreign is not None:
+                return self._foreign.exchange(records, batch.cursor, wanted)
+            packed = payload.pack_records(records)
+            request = self._request(packed, records, batch.cursor, wanted)
+            request.expected = expected
+            reply = self._send(request, records)
+            expected = payload.digest_of_payloads(reply.news)
+            batch = self._batch(reply, request, records, wanted)
+            if not reply.refused:
+                return batch
+
+    # --- LeaseStore ------------------------------------------------------------------------------
+
+    def take_lease(self, owner: str) -> None:
+        """See ``LeaseStore``; the server is told with the next records."""
+        self._keeps_leases()
+        self._leased.add(owner)
+
+    def renew_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``."""
+        self._lease(pb.LeaseRequest.RENEW, trial_ids, [owner])
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``."""
+        self._leased.discard(owner)
+        self._lease(pb.LeaseRequest.WITHDRAW, trial_ids, [owner])
+
+    def expired(
+        self, study_id: int, running: Mapping[int, str], grace_period_s: float
+    ) -> Sequence[int]:
+        """See ``LeaseStore``; by the clock of the server's log."""
+        return self._lease(
+            pb.LeaseRequest.EXPIRED,
+            running,
+            running.values(),
+            study_id=study_id,
+            grace_period_s=grace_period_s,
+        )
+
+    def _lease(
+        self, verb: int, trial_ids: Iterable[int], owners: Iterable[str], **more: Any
+    ) -> Sequence[int]:
+        self._keeps_leases()
+        request = pb.LeaseRequest(
+            verb=verb,
+            trial_ids=trial_ids,
+            owners=[owner.encode("utf-8", "surrogatepass") for owner in owners],
+            **more,
+        )
+        try:
+            reply = self._persistently(
+                lambda timeout_s, _: self._unary("Lease", request, timeout_s)
+            )
+        except _FailedError as failed:
+            error = self._final_error(failed, unknown=False)
+            if isinstance(error, _NoLogServiceError):
+                error = ValueError(_NO_LEASES.format(self))
+            raise error from failed.error
+        return list(reply.trial_ids)
+
+    def _keeps_leases(self) -> None:
+        if self._foreign is not None:
+            raise ValueError(_NO_LEASES.format(self))
 
     # --- Limited ---------------------------------------------------------------------------------
 

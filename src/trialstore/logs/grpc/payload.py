@@ -10,6 +10,7 @@ Source: docs/formats/grpc.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+import hashlib
 import json
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ _T = TypeVar("_T")
 
 _ARRAY: Final = b"M\xdd"  # msgpack's array with a length of 4 bytes, so that lengths can be added
 _ARRAY_LEN: Final = len(_ARRAY) + 4
+_ONE_PAYLOAD: Final = 1 << 62
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _operations_decoder: Final = msgspec.msgpack.Decoder(list[AnyOperation])
@@ -67,6 +69,16 @@ def payloads(runs: Iterable[Packed], n_bytes_max: int) -> Iterable[bytes]:
             parts.append(run.joined)
     if parts:
         yield _ARRAY + count.to_bytes(4, "big") + b"".join(parts)
+
+
+def digest(news: Sequence[Packed]) -> bytes:
+    """What a client says of the news that it has decided on; see ``log.proto``."""
+    return digest_of_payloads(payloads(news, _ONE_PAYLOAD))
+
+
+def digest_of_payloads(parts: Iterable[bytes]) -> bytes:
+    """The same, of news as they came."""
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def pack_records(records: Sequence[Record]) -> bytes:

@@ -71,11 +71,14 @@ class LogServicer:
             outcomes = payload.pack_outcomes(answer.outcomes)
             size = sum(run.size for run in answer.news)
             if size > _REPLY_BYTES_MAX:
-                return pb.ExchangeReply(cursor=request.cursor, outcomes=outcomes, more=True)
+                return pb.ExchangeReply(
+                    cursor=request.cursor, outcomes=outcomes, more=True, refused=answer.refused
+                )
             return pb.ExchangeReply(
                 news=payload.payloads(answer.news, size),
                 cursor=answer.cursor,
                 outcomes=outcomes,
+                refused=answer.refused,
             )
 
     def Read(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
@@ -95,6 +98,22 @@ class LogServicer:
         with _aborting(context):
             log.check(payload.unpack_operations(request.records))
         return pb.CheckReply()
+
+    def Lease(self, request: Any, context: grpc.ServicerContext) -> Any:
+        trial_ids = list(request.trial_ids)
+        with _aborting(context):
+            owners = [owner.decode("utf-8", "surrogatepass") for owner in request.owners]
+            if request.verb == pb.LeaseRequest.EXPIRED:
+                running = dict(zip(trial_ids, owners, strict=True))
+                asked = request.study_id, running, request.grace_period_s
+                expired = self._share.lease(lambda log: log.expired(*asked))
+                return pb.LeaseReply(trial_ids=expired)
+            (owner,) = owners
+            if request.verb == pb.LeaseRequest.RENEW:
+                self._share.lease(lambda log: log.renew_lease(owner, trial_ids))
+            else:
+                self._share.withdraw_lease(owner, trial_ids)
+            return pb.LeaseReply()
 
     def Snapshot(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         log = self._share.log
@@ -118,6 +137,8 @@ def _request(request: Any, context: grpc.ServicerContext) -> Request:
         wanted=payload.unpack_wanted(request.wanted),
         again=request.again,
         is_alive=context.is_active,
+        leased=request.leased,
+        expected=request.expected if request.HasField("expected") else None,
     )
 
 

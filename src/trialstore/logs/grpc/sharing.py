@@ -18,17 +18,31 @@ and the outcomes just mentioned.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
+import functools
 from itertools import islice
 import threading
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
-from trialstore.log import NOTHING, START, Batch, Cursor, Limited, Log, SnapshotStore, Wanted
+from trialstore.log import (
+    NOTHING,
+    START,
+    Batch,
+    ConditionalLog,
+    Cursor,
+    Decide,
+    LeaseStore,
+    Limited,
+    Log,
+    SnapshotStore,
+    Wanted,
+)
 from trialstore.logs.grpc import settle
 from trialstore.logs.grpc.payload import (
     Packed,
+    digest,
     pack,
     pack_cursor,
     payloads,
@@ -42,6 +56,7 @@ from trialstore.records import (
     DeleteStudy,
     Operation,
     Outcome,
+    Record,
     SetTrialStateValues,
 )
 
@@ -65,6 +80,9 @@ class Request(NamedTuple):
         again: An earlier attempt may have appended the records.
         is_alive: Whether the client still waits. What it has given up must not be appended
             later: it may be sending it again by now, elsewhere.
+        leased: The client holds a lease, and what the records create or claim is to be covered.
+        expected: Append only if the news after the cursor touch nothing that is wanted, or have
+            this digest; None appends whatever is new.
     """
 
     records: list[AnyOperation]
@@ -72,14 +90,21 @@ class Request(NamedTuple):
     wanted: Wanted
     again: bool = False
     is_alive: Callable[[], object] = lambda: True
+    leased: bool = False
+    expected: bytes | None = None
 
 
 class Answer(NamedTuple):
-    """What it gets; ``outcomes`` is None where replay judges."""
+    """What it gets; ``outcomes`` is None where replay judges.
+
+    Args:
+        refused: Nothing was appended; the news are not those that were expected.
+    """
 
     news: list[Packed]
     cursor: bytes
     outcomes: Sequence[Outcome] | None
+    refused: bool = False
 
 
 class Share(Protocol):
@@ -95,7 +120,25 @@ class Share(Protocol):
         """Run something with ``log`` while nobody exchanges on it."""
         ...
 
+    def lease(self, use: Callable[[LeaseStore], _T]) -> _T:
+        """Renew leases, or look for what has expired; ``Request.leased`` takes a lease.
+
+        Raises:
+            ValueError: The log keeps no leases.
+        """
+        ...
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``LeaseStore``; raises as ``lease``."""
+        ...
+
     def close(self) -> None: ...
+
+
+def _lease_store(log: Log) -> LeaseStore:
+    if not isinstance(log, LeaseStore):
+        raise ValueError("The server's storage keeps no leases: leave heartbeat_interval out.")
+    return log
 
 
 class ShareLog:
@@ -110,6 +153,12 @@ class ShareLog:
             self.__dict__["save_snapshot"] = log.save_snapshot
         if isinstance(log, Limited):
             self.__dict__["check"] = log.check
+        if isinstance(log, ConditionalLog):
+            self.__dict__["exchange_if"] = self._exchange_if
+        if isinstance(log, LeaseStore):
+            for name in ("take_lease", "renew_lease", "withdraw_lease", "expired"):
+                self.__dict__[name] = functools.partial(self._lease, name)
+        self._leased: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _same, (self._share.log,)
@@ -119,15 +168,31 @@ class ShareLog:
 
     def exchange(self, records: Sequence[AnyOperation], cursor: Cursor, wanted: Wanted) -> Batch:
         """See ``Log.exchange``."""
-        answer = self._share.exchange(Request(list(records), pack_cursor(cursor), wanted))
-        news = [
-            record for load in payloads(answer.news, 1 << 62) for record in unpack_records(load)
-        ]
-        return Batch(answer.outcomes, news, unpack_cursor(answer.cursor))
+        leased = bool(self._leased) and any(one.worker_id in self._leased for one in records)
+        answer = self._share.exchange(
+            Request(list(records), pack_cursor(cursor), wanted, leased=leased)
+        )
+        return Batch(answer.outcomes, list(_unpack(answer.news)), unpack_cursor(answer.cursor))
 
     def close(self) -> None:
         """See ``Log.close``."""
         self._share.close()
+
+    def _exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
+        """See ``ConditionalLog``; others wait for the first handle meanwhile."""
+        log: Any = self._share.log
+        batch: Batch = self._share.alone(lambda: log.exchange_if(decide, cursor, wanted))
+        return batch
+
+    def _lease(self, name: str, *args: Any) -> Any:
+        """See ``LeaseStore``."""
+        if name == "take_lease":
+            self._leased.add(args[0])
+            return None
+        if name == "withdraw_lease":
+            self._leased.discard(args[0])
+            return self._share.withdraw_lease(*args)
+        return self._share.lease(lambda log: getattr(log, name)(*args))
 
 
 def _same(log: Log) -> Log:
@@ -161,12 +226,13 @@ def _abandoned() -> LogUnavailableError:
 
 
 class _Call:
-    __slots__ = ("answer", "done", "error", "request")
+    __slots__ = ("answer", "done", "error", "refused", "request")
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.answer: Answer | None = None
         self.error: BaseException | None = None
+        self.refused = False
         self.done = False
 
 
@@ -185,6 +251,7 @@ class SequentialShare:
         self._leads = False
         self._tail = _Tail(head)
         self._last_seq: OrderedDict[str, int] = OrderedDict()
+        self._leased: set[str] = set()
 
     def exchange(self, request: Request) -> Answer:
         """See ``Share``."""
@@ -224,15 +291,32 @@ class SequentialShare:
                 self._leads = False
                 self._turn.notify_all()
 
+    def lease(self, use: Callable[[LeaseStore], _T]) -> _T:
+        """See ``Share``."""
+        return self.alone(lambda: use(_lease_store(self.log)))
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``Share``."""
+
+        def withdraw(log: LeaseStore) -> None:
+            self._leased.discard(owner)
+            log.withdraw_lease(owner, trial_ids)
+
+        self.lease(withdraw)
+
     def close(self) -> None:
         self.alone(self.log.close)
 
     def _lead(self, calls: list[_Call]) -> None:
         """One exchange for all; then what has to be looked for first; then everybody's news."""
-        fresh = [call for call in calls if call.request.records and not self._is_doubtful(call)]
-        doubtful = [call for call in calls if call.request.records and call not in fresh]
+        fresh: list[_Call] = []
+        alone: list[_Call] = []
+        for call in calls:
+            if call.request.records:
+                doubtful = self._is_doubtful(call) or call.request.expected is not None
+                (alone if doubtful else fresh).append(call)
         self._append(fresh)
-        for call in doubtful:
+        for call in alone:
             try:
                 self._append_what_is_missing(call)
             except Exception as error:
@@ -240,7 +324,8 @@ class SequentialShare:
         for call in calls:
             if call.error is None:
                 try:
-                    call.answer = Answer(*self._since(call.request.cursor), None)
+                    news, cursor = self._since(call.request.cursor)
+                    call.answer = Answer(news, cursor, None, call.refused)
                 except Exception as error:
                     call.error = error
 
@@ -265,6 +350,8 @@ class SequentialShare:
                 call.error = _abandoned()
         records = [record for call in alive for record in call.request.records]
         try:
+            for call in alive:
+                self._cover(call.request)
             self._advance(records)
         except (LogUnavailableError, OutcomeUnknownError) as error:
             for call in alive:
@@ -289,16 +376,52 @@ class SequentialShare:
         request = call.request
         self._advance(())
         wanted = {_mark(record) for record in request.records}
-        for run in self._since(request.cursor)[0]:
-            for payload in payloads([run], 0):
-                for record in unpack_records(payload):
-                    if isinstance(record, Operation):
-                        wanted.discard((record.worker_id, record.seq))
+        for record in _unpack(self._since(request.cursor)[0]):
+            if isinstance(record, Operation):
+                wanted.discard((record.worker_id, record.seq))
         missing = [record for record in request.records if _mark(record) in wanted]
         if missing:
             if not request.is_alive():
                 raise _abandoned()
-            self._advance(missing)
+            self._cover(request)
+            if request.expected is None:
+                self._advance(missing)
+            else:
+                call.refused = not self._append_if(missing, request)
+
+    def _cover(self, request: Request) -> None:
+        """Have the log know of the client's lease before it takes its records."""
+        if not request.leased:
+            return
+        owner = request.records[0].worker_id
+        if owner not in self._leased:
+            _lease_store(self.log).take_lease(owner)
+            self._leased.add(owner)
+
+    def _append_if(self, records: Sequence[AnyOperation], request: Request) -> bool:
+        """Whether nothing that touches what is wanted has come after the client's cursor."""
+        head = unpack_cursor(self._tail.head)
+
+        def decide(news: Sequence[Record], cursor: Cursor) -> Sequence[AnyOperation]:
+            self._tail.add(pack(news), pack_cursor(cursor))
+            newer = self._tail.since(request.cursor)
+            if newer is None or (
+                digest(newer) != request.expected and _touch(_unpack(newer), request.wanted)
+            ):
+                return ()
+            appended.extend(records)
+            return appended
+
+        appended: list[AnyOperation] = []
+        if isinstance(self.log, ConditionalLog):
+            batch = self.log.exchange_if(decide, head, request.wanted)
+            self._tail.add(pack(batch.news), pack_cursor(batch.cursor))
+        else:
+            # Two methods of a backend: nobody comes between who goes through this server.
+            batch = self.log.exchange((), head, NOTHING)
+            if decide(batch.news, batch.cursor):
+                self._advance(records)
+        return bool(appended)
 
     def _since(self, cursor: bytes) -> tuple[list[Packed], bytes]:
         news = self._tail.since(cursor)
@@ -311,6 +434,32 @@ class SequentialShare:
         if end != self._tail.head:
             self._advance(())
         return pack(batch.news), end
+
+
+def _unpack(news: Sequence[Packed]) -> Iterator[Record]:
+    for run in news:
+        for payload in payloads([run], 0):
+            yield from unpack_records(payload)
+
+
+def _touch(news: Iterable[Record], wanted: Wanted) -> bool:
+    """Whether records may change the truth about what is wanted."""
+    studies = {
+        *wanted.studies,
+        *wanted.trials_of,
+        *wanted.waiting_of,
+        *(study_id for study_id, _ in wanted.numbers),
+    }
+    # Nothing here knows the study of a trial; any may be of one that is wanted.
+    any_trial = bool(wanted.trials_of or wanted.waiting_of or wanted.numbers or wanted.params)
+    for record in news:
+        if isinstance(record, (CreateStudy, DeleteStudy)):
+            return True
+        if any_trial or getattr(record, "trial_id", None) in wanted.trials:
+            return True
+        if getattr(record, "study_id", None) in studies:
+            return True
+    return False
 
 
 def _result(call: _Call) -> Answer:
@@ -390,6 +539,8 @@ class JudgedShare:
             answer = self._exchange(
                 request._replace(records=[records[index] for index in missing]), owed
             )
+            if answer.refused:
+                return answer
             new = dict(zip(missing, answer.outcomes or (), strict=True))
             outcomes = [known[i] if i in known else new[i] for i in range(len(records))]
             self._remembered.keep(records, outcomes)
@@ -408,16 +559,26 @@ class JudgedShare:
                 self._idle.append(self.log)
                 self._available.notify_all()
 
+    def lease(self, use: Callable[[LeaseStore], _T]) -> _T:
+        """See ``Share``."""
+        with self._copy() as log:
+            return use(_lease_store(log))
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        """See ``Share``."""
+        self.lease(lambda log: log.withdraw_lease(owner, trial_ids))
+
     def close(self) -> None:
         with self._available:
             for log in self._idle:
                 log.close()
 
     def _exchange(self, request: Request, more: Wanted) -> Answer:
-        with self._copy() as log:
-            batch = log.exchange(
-                request.records, unpack_cursor(request.cursor), request.wanted | more
-            )
+        cursor, wanted = unpack_cursor(request.cursor), request.wanted | more
+        with self._copy() as log, _covered(log, request):
+            if request.records and request.expected is not None:
+                return _exchange_if(log, request, cursor, wanted)
+            batch = log.exchange(request.records, cursor, wanted)
         return Answer(pack(batch.news), pack_cursor(batch.cursor), batch.outcomes)
 
     def _look_for(self, records: list[AnyOperation]) -> dict[int, Outcome]:
@@ -449,6 +610,45 @@ class JudgedShare:
                 else:
                     self._idle.append(log)
                 self._available.notify()
+
+
+@contextlib.contextmanager
+def _covered(log: Log, request: Request) -> Iterator[None]:
+    """A log that judges keeps leases by trial, and has to know of an owner's only for as long as
+    it takes the records. So it matters to nobody which copy or server that is."""
+    if not (request.leased and request.records):
+        yield
+        return
+    owner = request.records[0].worker_id
+    _lease_store(log).take_lease(owner)
+    try:
+        yield
+    finally:
+        _lease_store(log).withdraw_lease(owner, ())
+
+
+def _exchange_if(log: Log, request: Request, cursor: Cursor, wanted: Wanted) -> Answer:
+    """Images of what is RUNNING come again with each answer, changed or not: the news are compared
+    as a whole with those that the client has decided on."""
+    told: Batch | None = None
+
+    def decide(news: Sequence[Record], after: Cursor) -> Sequence[AnyOperation]:
+        nonlocal told
+        told = Batch((), news, after)
+        return request.records if digest(pack(news)) == request.expected else ()
+
+    if isinstance(log, ConditionalLog):
+        batch = log.exchange_if(decide, cursor, wanted)
+    else:
+        # Somebody's methods: there is nothing atomic about them.
+        batch = log.exchange((), cursor, wanted)
+        if decide(batch.news, batch.cursor):
+            batch = log.exchange(request.records, batch.cursor, wanted)
+    assert told is not None
+    if not batch.outcomes:
+        return Answer(pack(told.news), pack_cursor(told.cursor), (), refused=True)
+    news = pack(told.news) + pack(batch.news)
+    return Answer(news, pack_cursor(batch.cursor), batch.outcomes)
 
 
 def _owed(known: Sequence[tuple[AnyOperation, Outcome]]) -> Wanted:
