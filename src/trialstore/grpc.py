@@ -138,7 +138,7 @@ def _shared(storage: BaseStorage, max_connections: int) -> Any:
 
 
 def _log_of(storage: BaseStorage) -> Log | None:
-    """The log of a storage of ours; None if there is none, or its cursors can't travel."""
+    """The log of a storage of ours; None if there is none, or it is in memory, without records."""
     if not isinstance(storage, Storage):
         return None
     log = storage._exchanger.log
