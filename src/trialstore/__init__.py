@@ -17,6 +17,7 @@ from optuna.storages import BaseStorage
 
 if TYPE_CHECKING:
     from trialstore import journal as journal
+    from trialstore.budget import MaxTrials
     from trialstore.callbacks import (
         RetryFailedTrialCallback,
         RetryHeartbeatStaleTrialCallback,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         JournalFileSymlinkLock,
         JournalRedisStorage,
     )
+    from trialstore.enqueue import enqueue_trial
     from trialstore.grpc import GrpcStorageProxy, run_grpc_proxy_server
     from trialstore.in_memory import InMemoryStorage
     from trialstore.journal import JournalStorage
@@ -46,9 +48,11 @@ _HOMES = {
     "JournalFileSymlinkLock": "deprecated",
     "JournalRedisStorage": "deprecated",
     "JournalStorage": "journal",
+    "MaxTrials": "budget",
     "RDBStorage": "rdb",
     "RetryFailedTrialCallback": "callbacks",
     "RetryHeartbeatStaleTrialCallback": "callbacks",
+    "enqueue_trial": "enqueue",
     "fail_stale_trials": "callbacks",
     "get_storage": "urls",
     "run_grpc_proxy_server": "grpc",
@@ -64,9 +68,11 @@ __all__ = [
     "JournalFileSymlinkLock",
     "JournalRedisStorage",
     "JournalStorage",
+    "MaxTrials",
     "RDBStorage",
     "RetryFailedTrialCallback",
     "RetryHeartbeatStaleTrialCallback",
+    "enqueue_trial",
     "fail_stale_trials",
     "get_storage",
     "journal",

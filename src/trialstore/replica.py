@@ -622,15 +622,12 @@ class Replica:
         unfinished = self._study(study_id).unfinished
         return {trial.id: trial.owner for trial in unfinished.values() if trial.state == r.RUNNING}
 
-    def system_attrs_after(self, study_id: int, number: int) -> Iterator[dict[str, Any]]:
-        """System attributes of the trials that were created after one, the latest first."""
+    def newest_first(self, study_id: int) -> Iterator[TrialContents | FrozenTrial]:
+        """The trials of a study as they are held; for looking at, not for keeping."""
         study = self._study(study_id)
         if not study.in_order:
             self._put_in_order(study)
-        for slot in reversed(study.slots):
-            if slot.number <= number:
-                return
-            yield slot.system_attrs
+        return reversed(study.slots)
 
     def owner(self, trial_id: int) -> str:
         """``worker_id`` of who created or claimed a RUNNING trial; empty if that is not known."""

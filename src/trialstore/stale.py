@@ -9,6 +9,7 @@ fails it. A failing without its retry can't be left.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import itertools
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -103,10 +104,10 @@ def _retries(
 ) -> list[r.CreateTrial]:
     """The record that queues a trial again, unless one has: it is known by the retry history."""
     trial = replica.trial(trial_id)
-    is_there = any(
-        is_retry_of(attrs, trial.number)
-        for attrs in replica.system_attrs_after(study_id, trial.number)
+    newer = itertools.takewhile(
+        lambda other: other.number > trial.number, replica.newest_first(study_id)
     )
+    is_there = any(is_retry_of(other.system_attrs, trial.number) for other in newer)
     fields = None if is_there else retry(trial)
     if fields is None:
         return []

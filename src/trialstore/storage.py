@@ -26,6 +26,7 @@ from typing import Any, TypeVar, cast
 import uuid
 import warnings
 
+import optuna
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
@@ -259,6 +260,37 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._read_at_s.clear()
         return self._exchanger.run((record,), NOTHING)[0]
 
+    def write_if(
+        self, decide: Callable[[Replica], Sequence[r.AnyOperation]], wanted: Wanted
+    ) -> list[Outcome]:
+        """Append what ``decide`` says of the replica, with nothing between that it has not seen.
+
+        Args:
+            decide: As ``Exchanger.run_if`` takes it; its records carry ``marks()``.
+            wanted: What it looks at.
+
+        Raises:
+            RuntimeError: The log can't append on a condition.
+            ValueError: A record holds what the log can't keep.
+        """
+
+        def decide_and_check(replica: Replica) -> Sequence[r.AnyOperation]:
+            records = decide(replica)
+            if self._limits is not None:
+                self._limits.check(records)
+            return records
+
+        self._read_at_s.clear()
+        return self._exchanger.run_if(decide_and_check, wanted)
+
+    def marks(self) -> dict[str, Any]:
+        """What a record of this storage carries, once each."""
+        return self._exchanger.marks()
+
+    @property
+    def clock(self) -> Clock:
+        return self._clock
+
     def _write_trial(self, record: r.TrialWrite) -> None:
         """A parameter, attribute or intermediate value: put off if the trial is this storage's."""
         exchanger, trial_id = self._exchanger, record.trial_id
@@ -469,7 +501,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             fields = {"datetime_start": r.now_text()}
         else:
             n_objectives = len(self.get_study_directions(study_id))
-            fields = self._template_fields(template_trial, n_objectives)
+            fields = self.template_fields(template_trial, n_objectives)
         record = r.CreateTrial(study_id=study_id, **fields, **self._exchanger.marks())
         with self._covered(record.state):
             outcome = self._write(record)
@@ -479,7 +511,8 @@ class Storage(BaseStorage, BaseHeartbeat):
                 self._own(outcome.id)
         return outcome.id
 
-    def _template_fields(self, template: FrozenTrial, n_objectives: int) -> dict[str, Any]:
+    def template_fields(self, template: FrozenTrial, n_objectives: int) -> dict[str, Any]:
+        """The fields of a ``CreateTrial``. Raises TypeError or ValueError for what is refused."""
         return checks.template_fields(
             template, n_objectives, self._attribute_value, self._distribution_text, r.format_time
         )
@@ -827,7 +860,7 @@ class Storage(BaseStorage, BaseHeartbeat):
 
         def retry(trial: FrozenTrial) -> dict[str, Any] | None:
             template = callback.retry(trial) if callback is not None else None
-            return None if template is None else self._template_fields(template, n_objectives)
+            return None if template is None else self.template_fields(template, n_objectives)
 
         failed = stale.fail(self._exchanger, study_id, found, retry if callback else None)
         for trial_id in failed:
@@ -836,6 +869,16 @@ class Storage(BaseStorage, BaseHeartbeat):
                 self.get_trial_number_from_id(trial_id),
             )
         return failed
+
+
+def storage_of(study: optuna.Study) -> Storage:
+    """The storage of a study. Raises TypeError if it is none of trialstore's."""
+    storage = study._storage
+    if isinstance(storage, Storage):
+        return storage
+    raise TypeError(
+        f"The study is on a {type(storage).__name__}; this needs a storage of trialstore's."
+    )
 
 
 def _judged_by(record: r.AnyOperation) -> Wanted:

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from trialstore.testing.suites.base import Capabilities, OpenStorage
 from trialstore.testing.suites.counts import CountSuite
-from trialstore.testing.suites.heartbeats import AgeLeases, HeartbeatSuite
+from trialstore.testing.suites.heartbeats import AgeLeases
 from trialstore.testing.suites.outbox import OutboxSuite
 from trialstore.testing.suites.processes import ProcessSuite
+from trialstore.testing.suites.queueing import QueueSuite
 from trialstore.testing.suites.reads import ReadSuite
 from trialstore.testing.suites.refusals import RefusalSuite
 from trialstore.testing.suites.values import ValueSuite
@@ -28,6 +29,6 @@ __all__ = ["AgeLeases", "Capabilities", "OpenStorage", "StorageSuite"]
 
 
 class StorageSuite(
-    RefusalSuite, ReadSuite, OutboxSuite, ValueSuite, ProcessSuite, CountSuite, HeartbeatSuite
+    RefusalSuite, ReadSuite, OutboxSuite, ValueSuite, ProcessSuite, CountSuite, QueueSuite
 ):
     """Every promise of DESIGN.md sections 2, 5 and 6 that one store alone can keep."""

@@ -1,0 +1,157 @@
+"""``MaxTrials``: exactly so many COMPLETE trials, however many workers there are and how many die.
+
+Optuna's ``MaxTrialsCallback`` counts after a trial has ended, when the other workers are already
+busy with the next one: it overshoots by up to one trial a worker. Here a trial takes one of *n*
+slots before its objective runs, in a conditional append that counts what is COMPLETE and what
+holds a slot. A slot is held by a RUNNING trial, so it is free again when the trial ends in any
+other way than COMPLETE, also when it is failed because its worker died.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import contextlib
+import enum
+import logging
+from typing import Any, Final
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
+from optuna.trial import Trial, TrialState
+
+from trialstore import records as r
+from trialstore.callbacks import fail_stale_trials
+from trialstore.log import Wanted
+from trialstore.records import AnyOperation
+from trialstore.replica import Replica
+from trialstore.storage import Storage, storage_of
+
+_logger = logging.getLogger("trialstore")
+
+Objective = Callable[[Trial], float | Sequence[float]]
+
+# A system attribute of the trial that holds a slot. Its value is the trial's own number, so that
+# a retry, which inherits the attributes, holds none.
+_SLOT: Final = "trialstore:slot"
+
+_PAUSE_MIN_S: Final = 0.01
+_PAUSE_MAX_S: Final = 1.0
+
+
+class _Answer(enum.Enum):
+    TAKEN = enum.auto()
+    HELD = enum.auto()
+    """Every slot that is left is held by a RUNNING trial."""
+    SPENT = enum.auto()
+
+
+class MaxTrials:
+    """A budget of COMPLETE trials, shared by all workers of a study that name the same number.
+
+    ::
+
+        study.optimize(trialstore.MaxTrials(500)(objective))
+
+    A trial that gets no slot ends PRUNED, before its objective runs, and its worker stops. While
+    all slots that are left are held by RUNNING trials, a worker waits, since one of them may fail;
+    with heartbeats it also fails those whose worker is dead. Without heartbeats nobody can tell
+    whether a holder lives, so it does not wait: it stops, and fewer than ``n_trials`` may end
+    COMPLETE.
+
+    Args:
+        n_trials: How many trials of the study shall be COMPLETE, those of before included.
+
+    Raises:
+        ValueError: ``n_trials`` is no positive integer.
+    """
+
+    def __init__(self, n_trials: int) -> None:
+        if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
+            raise ValueError(f"n_trials must be a positive integer, not {n_trials!r}.")
+        self.n_trials = n_trials
+
+    def __call__(self, objective: Objective) -> Objective:
+        """The objective for ``study.optimize``, within the budget."""
+        return _Budgeted(self, objective)
+
+    def ask(
+        self,
+        study: optuna.Study,
+        fixed_distributions: dict[str, BaseDistribution] | None = None,
+    ) -> Trial | None:
+        """As ``study.ask``, for who tells by itself; None when the budget is spent."""
+        trial = study.ask(fixed_distributions)
+        if self.reserve(trial):
+            return trial
+        study.tell(trial, state=TrialState.PRUNED)
+        return None
+
+    def reserve(self, trial: Trial) -> bool:
+        """Take a slot for a RUNNING trial; waits while all are held and one may become free.
+
+        Returns:
+            Whether the objective may run. If not, the trial has to end PRUNED.
+
+        Raises:
+            UpdateFinishedTrialError: The trial was finished by somebody else.
+            RuntimeError: The log can't append on a condition.
+            TypeError: The study is on a storage that is none of trialstore's.
+        """
+        storage, pause_s = storage_of(trial.study), _PAUSE_MIN_S
+        while True:
+            answer = self._try(storage, trial)
+            if answer is not _Answer.HELD:
+                return answer is _Answer.TAKEN
+            if not storage.is_heartbeat_enabled():
+                _logger.info(
+                    "All slots are held by running trials, and without heartbeats nobody can "
+                    "tell whether their workers live; this worker stops."
+                )
+                return False
+            if not fail_stale_trials(trial.study):
+                storage.clock.sleep(pause_s)
+                pause_s = min(2 * pause_s, _PAUSE_MAX_S)
+
+    def _try(self, storage: Storage, trial: Trial) -> _Answer:
+        study_id, trial_id = trial.study._study_id, trial._trial_id
+        answer = _Answer.TAKEN
+
+        def decide(replica: Replica) -> Sequence[AnyOperation]:
+            nonlocal answer
+            if not replica.is_running(trial_id):
+                raise UpdateFinishedTrialError(f"Trial {trial.number} is not running any more.")
+            holders = {
+                running._trial_id
+                for running in replica.trials(study_id, (TrialState.RUNNING,))
+                if running.system_attrs.get(_SLOT) == running.number
+            }
+            n_complete = replica.count(study_id, (TrialState.COMPLETE,))
+            if trial_id in holders:
+                answer = _Answer.TAKEN
+            elif n_complete + len(holders) < self.n_trials:
+                answer = _Answer.TAKEN
+                slot = {_SLOT: trial.number}
+                marks: dict[str, Any] = storage.marks()
+                return (r.SetTrialSystemAttr(trial_id=trial_id, system_attr=slot, **marks),)
+            else:
+                answer = _Answer.SPENT if n_complete >= self.n_trials else _Answer.HELD
+            return ()
+
+        storage.write_if(decide, Wanted(trials_of=frozenset((study_id,))))
+        return answer
+
+
+class _Budgeted:
+    """An objective within a budget; can be pickled where the objective can."""
+
+    def __init__(self, budget: MaxTrials, objective: Objective) -> None:
+        self._budget = budget
+        self._objective = objective
+
+    def __call__(self, trial: Trial) -> float | Sequence[float]:
+        if self._budget.reserve(trial):
+            return self._objective(trial)
+        with contextlib.suppress(RuntimeError):  # not in optimize
+            trial.study.stop()
+        raise TrialPruned(f"{self._budget.n_trials} trials are COMPLETE or running.")
