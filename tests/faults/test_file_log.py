@@ -8,13 +8,10 @@ import itertools
 import json
 import os
 from pathlib import Path
-import random
 import resource
 import signal
 import subprocess
 import sys
-import time
-import traceback
 from typing import Any
 
 import optuna
@@ -35,7 +32,6 @@ from trialstore.records import (
     CreateTrial,
     SetTrialUserAttr,
     encode_line,
-    to_journal_dict,
 )
 
 _TIME = "2026-01-02T03:04:05.678901+00:00"
@@ -69,128 +65,6 @@ def left_over(path: Path, lock: Any) -> set[str]:
     """What lies beside the journal that should not."""
     expected = {str(path), f"{path}.lock.queue", lock._owner_path}
     return {str(other) for other in path.parent.iterdir()} - expected
-
-
-# --- kills ---------------------------------------------------------------------------------------
-
-
-def append_for_ever(path: str, name: str, kind: str, said: int) -> None:
-    """Append batches of two, and say the number of the last record that has come back."""
-    optunas = OptunaFileBackend(path)
-    ours = FileLog(path, None if kind == "optuna" else KINDS[kind](path))
-    cursor = START
-    for seq in itertools.count(step=2):
-        records = [
-            trial(seq, name),
-            SetTrialUserAttr(
-                worker_id=name, seq=seq + 1, trial_id=0, user_attr={"key": "x" * (seq % 5000)}
-            ),
-        ]
-        if kind == "optuna":
-            optunas.append_logs([to_journal_dict(record) for record in records])
-        else:
-            cursor = ours.exchange(records, cursor, NOTHING).cursor
-        os.write(said, b"%d\n" % (seq + 1))
-
-
-class Worker:
-    """A process that appends until it is killed. Forked: to start 300 Pythons takes too long."""
-
-    def __init__(self, path: Path, name: str, kind: str, folder: Path) -> None:
-        self.name = name
-        self._said = folder / f"{name}.said"
-        said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                append_for_ever(str(path), name, kind, said)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        os.close(said)
-
-    def said(self) -> list[str]:
-        """One number a line, as far as lines are whole."""
-        return self._said.read_text().split("\n")[:-1]
-
-    def gets_on(self, than: int) -> None:
-        """Wait until it has said more than so many lines."""
-        give_up_at = time.monotonic() + _DEADLINE_S
-        while len(self.said()) <= than:
-            assert os.waitpid(self._pid, os.WNOHANG) == (0, 0), f"{self.name} ended by itself"
-            assert time.monotonic() < give_up_at, f"{self.name} does not get on"
-            time.sleep(0.002)
-
-    def kill(self) -> int:
-        """Kill it; the greatest sequence number that it was told is in the journal."""
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
-        return max(map(int, self.said()), default=-1)
-
-
-def run_fleet(path: Path, folder: Path, kinds: list[str], kills: int, seed: str) -> None:
-    """Kill members of the fleet at random moments and replace them; then check the journal."""
-    FileLog(str(path)).exchange([study()], START, NOTHING)
-    rng = random.Random(seed)
-    names = itertools.count()
-    acknowledged: dict[str, int] = {}
-
-    def start(kind: str) -> tuple[str, Worker]:
-        return kind, Worker(path, f"w{next(names)}", kind, folder)
-
-    fleet = [start(kind) for kind in kinds]
-    # A killed plain Optuna worker may leave its lock file, which stands for 30 s, its grace
-    # period. That is not ours to shorten, so it lives to the end.
-    mortals = [place for place, kind in enumerate(kinds) if kind != "optuna"]
-    try:
-        for _ in range(kills):
-            time.sleep(rng.uniform(0, 0.02))  # where in its loop the victim is
-            victim = rng.choice(mortals)
-            kind, worker = fleet[victim]
-            acknowledged[worker.name] = worker.kill()
-            others = [other for _, other in fleet if other is not worker]
-            said = [len(other.said()) for other in others]
-            # Everybody else gets on: a dead owner's lock keeps nobody waiting. What was on its
-            # way when it was killed does not tell, hence one more.
-            began_at = time.monotonic()
-            for other, than in zip(others, said, strict=True):
-                other.gets_on(than + 1)
-            assert time.monotonic() - began_at < 20, "waited as for a grace period"
-            fleet[victim] = start(kind)
-    finally:
-        for _, worker in fleet:
-            acknowledged[worker.name] = worker.kill()
-    found: dict[str, list[int]] = {}
-    records = read_all(path)
-    for record in records:
-        found.setdefault(record.worker_id, []).append(record.seq)
-    for name, last in acknowledged.items():
-        seqs = found.get(name, [])
-        assert seqs == list(range(len(seqs))), f"{name}: a hole or a double"
-        assert len(seqs) > last, f"{name}: record {last} was acknowledged and is lost"
-    # What the last victim left goes with the next append, and then Optuna reads it all.
-    Path(f"{path}.lock").unlink(missing_ok=True)  # of the plain worker, whose grace is 30 s
-    FileLog(str(path)).exchange([trial(0, "last")], START, NOTHING)
-    assert_optuna_reads(path, len(records) + 1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("crowd", ["ours", "a plain Optuna among them"])
-def test_killed_at_random_moments(tmp_path: Path, kind: str, crowd: str) -> None:
-    kinds = [kind, kind, kind, kind if crowd == "ours" else "optuna"]
-    run_fleet(tmp_path / "journal", tmp_path, kinds, 15, f"{kind} {crowd}")
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("crowd", ["ours", "a plain Optuna among them"])
-def test_killed_300_times(tmp_path: Path, kind: str, crowd: str) -> None:
-    kinds = [kind, kind, kind, kind if crowd == "ours" else "optuna"]
-    for part in range(6):  # a file each, so that replaying what is there stays cheap
-        folder = tmp_path / str(part)
-        folder.mkdir()
-        run_fleet(folder / "journal", folder, kinds, 50, f"{kind} {crowd} {part}")
 
 
 # --- a crash between any two system calls --------------------------------------------------------
