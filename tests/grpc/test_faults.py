@@ -281,6 +281,28 @@ def test_a_record_marked_as_sent_again_is_appended_only_if_it_is_missing() -> No
     assert news == [one, two]
 
 
+def test_a_log_that_answers_in_portions_is_read_to_its_end() -> None:
+    class Portions(PositionLog):
+        def exchange(self, records: Any, cursor: Cursor, wanted: Wanted) -> Batch:
+            batch = super().exchange(records, cursor, wanted)
+            if records or len(batch.news) <= 2:
+                return batch
+            return Batch(None, batch.news[:2], (cursor or 0) + 2, more=True)
+
+    def read(cursor: bytes) -> tuple[int, bytes]:
+        answer = share.exchange(Request([], cursor, NOTHING))
+        parts = payload.payloads(answer.news, 1)
+        return sum(len(payload.unpack_records(part)) for part in parts), answer.cursor
+
+    log = Portions()
+    log.records = [_create(seq) for seq in range(7)]
+    share = share_of(log, START, lambda: log, n_copies_max=1)
+    n_records, cursor = read(b"")
+    assert n_records == 7
+    log.records += [_create(seq) for seq in range(7, 12)]
+    assert read(cursor)[0] == 5
+
+
 def test_a_record_that_arrives_after_its_own_repetition_is_not_appended() -> None:
     log = PositionLog()
     share = share_of(log, START, lambda: log, n_copies_max=1)

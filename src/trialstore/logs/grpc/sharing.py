@@ -369,8 +369,18 @@ class SequentialShare:
                 self._append([call])
 
     def _advance(self, records: Sequence[AnyOperation]) -> None:
-        batch = self.log.exchange(records, unpack_cursor(self._tail.head), NOTHING)
-        self._tail.add(pack(batch.news), pack_cursor(batch.cursor))
+        for news, end in self._portions(records, self._tail.head):
+            self._tail.add(news, end)
+
+    def _portions(
+        self, records: Sequence[AnyOperation], cursor: bytes
+    ) -> Iterator[tuple[list[Packed], bytes]]:
+        """An exchange, and those that a long answer takes after it: news, and where they end."""
+        more = True
+        while more:
+            batch = self.log.exchange(records, unpack_cursor(cursor), NOTHING)
+            records, cursor, more = (), pack_cursor(batch.cursor), batch.more
+            yield pack(batch.news), cursor
 
     def _append_what_is_missing(self, call: _Call) -> None:
         request = call.request
@@ -429,11 +439,14 @@ class SequentialShare:
             return news, self._tail.head
         # Older than the tail, or from another server that read in other portions: read for this
         # client alone, and hope to meet the tail's head.
-        batch = self.log.exchange((), unpack_cursor(cursor), NOTHING)
-        end = pack_cursor(batch.cursor)
+        missed: list[Packed] = []
+        end = cursor
+        for portion, reached in self._portions((), cursor):
+            missed += portion
+            end = reached
         if end != self._tail.head:
             self._advance(())
-        return pack(batch.news), end
+        return missed, end
 
 
 def _unpack(news: Sequence[Packed]) -> Iterator[Record]:
