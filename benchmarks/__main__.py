@@ -5,7 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("per_trial", "known_trials", "crowd", "opening", "memory", "redis_journal", "moving")
+NAMES = (
+    "per_trial",
+    "known_trials",
+    "crowd",
+    "opening",
+    "memory",
+    "redis_journal",
+    "moving",
+    "compaction",
+)
 
 
 def main() -> int:
