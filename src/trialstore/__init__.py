@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage
 if TYPE_CHECKING:
     from trialstore import journal as journal
     from trialstore.budget import MaxTrials
+    from trialstore.arrow import to_arrow
     from trialstore.callbacks import (
         RetryFailedTrialCallback,
         RetryHeartbeatStaleTrialCallback,
@@ -56,6 +57,7 @@ _HOMES = {
     "fail_stale_trials": "callbacks",
     "get_storage": "urls",
     "run_grpc_proxy_server": "grpc",
+    "to_arrow": "arrow",
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "get_storage",
     "journal",
     "run_grpc_proxy_server",
+    "to_arrow",
 ]
 
 

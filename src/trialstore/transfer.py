@@ -70,6 +70,20 @@ class CopiedStudy(msgspec.Struct, frozen=True):
     whole_seconds: int = 0
 
 
+def receive(
+    target: Store,
+    study: r.PutStudy,
+    images: Iterator[r.PutTrial],
+    *,
+    progress: Callable[[int], None] = lambda n: None,
+) -> CopiedStudy:
+    """Write one study whose trials come from somewhere else; as ``copy`` does."""
+    ids, there = _open_studies(target, [study])
+    counted = _counted(images, itertools.count(1), progress)
+    name = study.study_name
+    return _copy_trials(counted, study, there[name], _Writer(target), ids[name])
+
+
 Store = Storage | Log
 """A storage, or its log; a log is read without being held by anybody."""
 

@@ -40,7 +40,7 @@ Study = Annotated[str | None, typer.Option("--study", metavar="NAME", help="This
 # Who reads a pipe or a file wants nothing wrapped or cut off.
 _WIDTH = None if sys.stdout.isatty() else 10_000
 stdout = Console(soft_wrap=True, highlight=False, width=_WIDTH)
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 # What a user can do something about, in a sentence and without a traceback.
 _EXITS: tuple[tuple[type[BaseException], Exit], ...] = (
