@@ -17,8 +17,8 @@ from optuna.storages import BaseStorage
 
 if TYPE_CHECKING:
     from trialstore import journal as journal
-    from trialstore.budget import MaxTrials
     from trialstore.arrow import to_arrow
+    from trialstore.budget import MaxTrials
     from trialstore.callbacks import (
         RetryFailedTrialCallback,
         RetryHeartbeatStaleTrialCallback,

@@ -137,9 +137,7 @@ class Frame:
         return [
             fields[column.field]
             if column.key is None
-            else fields[column.field].get(
-                column.key, None if column.field == "values" else MISSING
-            )
+            else fields[column.field].get(column.key, MISSING)
             for column in self.columns
         ]
 
