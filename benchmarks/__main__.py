@@ -10,6 +10,7 @@ NAMES = (
     "known_trials",
     "crowd",
     "opening",
+    "catalogue",
     "memory",
     "redis_journal",
     "moving",

@@ -214,7 +214,7 @@ def _open_and_create(url: str, gate: Any, answers: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_processes_open_an_empty_database(kind: str, tmp_path: Path) -> None:
     url = new_database(kind, tmp_path)
-    n = 50 if kind == "sqlite" else 12
+    n = 50
     context = multiprocessing.get_context("fork")
     gate, answers = context.Barrier(n), context.Queue()
     args = (url, gate, answers)

@@ -23,9 +23,17 @@ def _reflected(url: str) -> dict[str, Any]:
     for table in sorted(set(look.get_table_names()) - {sessions.name}):
         found[table] = {
             "columns": [
-                (c["name"], str(c["type"]), getattr(c["type"], "enums", None), c["nullable"])
+                (
+                    c["name"],
+                    str(c["type"]),
+                    getattr(c["type"], "enums", None),
+                    c["nullable"],
+                    c["default"],
+                    c.get("autoincrement"),
+                )
                 for c in look.get_columns(table)
             ],
+            "options": look.get_table_options(table),
             "key": look.get_pk_constraint(table),
             "indexes": sorted(look.get_indexes(table), key=lambda x: str(x["name"])),
             "unique": sorted(look.get_unique_constraints(table), key=lambda x: str(x["name"])),
