@@ -11,8 +11,6 @@ import signal
 import time
 
 import optuna
-from optuna.study import MaxTrialsCallback
-from optuna.trial import TrialState
 
 import trialstore
 from trialstore.optuna_db import get_optuna_db
@@ -35,8 +33,8 @@ def main() -> None:
     study = database.get_study(os.environ.get("STUDY", "example"))
     # Finish the trial at hand, then go; the loop is the main thread's, as signals are.
     signal.signal(signal.SIGTERM, lambda number, frame: study.stop())
-    enough = MaxTrialsCallback(int(os.environ.get("N_TRIALS", "200")), (TrialState.COMPLETE,))
-    study.optimize(objective, callbacks=[enough])
+    enough = trialstore.MaxTrials(int(os.environ.get("N_TRIALS", "200")))
+    study.optimize(enough(objective))
     database.storage.close()
 
 

@@ -16,11 +16,10 @@ from urllib.request import urlopen
 import optuna
 import pytest
 import sqlalchemy as sa
+import yaml
 
 from servers import SECRETIVE, free_port, shared_postgresql
 from trialstore.optuna_db import PASSWORD_SECRET, OptunaDatabase
-
-yaml = pytest.importorskip("yaml")
 
 _DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 _PASSWORD = """p@ss:w/o%rd?#[]{}'"\\ &=+;$,"""
@@ -39,7 +38,6 @@ def _env_file() -> dict[str, str]:
 
 
 def test_the_compose_file_is_of_the_specification() -> None:
-    pytest.importorskip("check_jsonschema")
     check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     subprocess.run([*check, str(_DEPLOY / "compose.yaml")], check=True)
 
@@ -132,8 +130,7 @@ def test_workers_and_the_dashboard_share_a_study(
         said = _said(worker)
         assert worker.returncode == 0, said
     trials = database.get_study("example").get_trials()
-    assert 6 <= len(trials) <= 7
-    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert [trial.state.name for trial in trials].count("COMPLETE") == 6
 
     dashboard = _start("dashboard.py", environment)
     try:
