@@ -129,6 +129,11 @@ class Audit:
         self._seqs: dict[str, dict[int, None]] = {}
 
     @property
+    def newest_study(self) -> int | None:
+        """Id of the study that the last trial was created in."""
+        return self._study_of[-1] if self._study_of else None
+
+    @property
     def n_trials(self) -> int:
         """Of studies that are there."""
         return sum(study.n_trials for study in self.studies.values())

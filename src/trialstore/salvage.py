@@ -25,13 +25,13 @@ class Salvaged(msgspec.Struct, frozen=True):
 
     Args:
         entry: What was read.
-        record: The operation; None if there is none, or if its bytes can't be trusted.
+        record: The operation; None if there is none that readers may take.
         kind: What is wrong with it, or "".
         message: The same in a sentence.
         severity: The same in a word.
-        replacement: Of a damaged record that created something: what keeps the ids after it as
-            they are.
-        is_torn_tail: Nothing was acknowledged of it.
+        kept: What a repair writes in its place: the record; of a damaged line the whole records
+            that are in it; of one that created something a stand-in, so that later ids stay.
+        is_unknown: Nothing tells whether the damaged record created a trial.
     """
 
     entry: Entry
@@ -39,32 +39,42 @@ class Salvaged(msgspec.Struct, frozen=True):
     kind: str = ""
     message: str = ""
     severity: Severity = "error"
-    replacement: AnyOperation | None = None
-    is_torn_tail: bool = False
+    kept: tuple[AnyOperation, ...] = ()
+    is_unknown: bool = False
 
 
 def read_entry(entry: Entry) -> Salvaged:
     """The record of an entry, or what is wrong with it."""
     if entry.data is None:
         message = "The record is missing: evicted, deleted, or its writer was killed."
-        return Salvaged(entry, kind="record-missing", message=message)
+        return Salvaged(entry, kind="record-missing", message=message, is_unknown=True)
     line = entry.data.lstrip(b" ")
+    record, why = _read(line)
     if not entry.ended:
         return _read_tail(entry, line)
-    record, why = _read(line)
     if record is not None and not why:
-        return Salvaged(entry, record)
-    for start in r.RECORD_START.finditer(line, 1):
-        glued, wrong = _read(line[start.start() :])
-        if glued is not None and not wrong:
-            if r.counts_for_nothing(line[: start.start()]):
-                message = "A torn prefix before a whole record; nothing acknowledged is missing."
-                return Salvaged(entry, glued, "glued-record", message, "note")
-            message = "Damaged bytes, and a whole record behind them in the same line."
-            return Salvaged(entry, glued, "record-damaged", message, replacement=_stand_in(line))
+        return Salvaged(entry, record, kept=(record,))
+    whole = _whole_records(line)
+    if whole and r.counts_for_nothing(line[: whole[-1][0]]):
+        message = "A torn prefix before a whole record; nothing acknowledged is missing."
+        glued = whole[-1][1]
+        return Salvaged(entry, glued, "glued-record", message, "note", (glued,))
     if record is not None:
-        return Salvaged(entry, None, "checksum", why, replacement=_trusted(record))
-    return Salvaged(entry, None, "record-damaged", why, replacement=_stand_in(line))
+        # Where only its place matters, a record whose bytes can't be trusted is better than none.
+        kept = (record,) if isinstance(record, _CREATIONS) else ()
+        return Salvaged(entry, None, "checksum", why, kept=kept)
+    return _damaged(entry, line, why)
+
+
+def _damaged(entry: Entry, line: bytes, why: str) -> Salvaged:
+    whole = tuple(record for _, record in _whole_records(line))
+    if whole:
+        why = f"{why} {len(whole)} whole records are in it."
+        return Salvaged(entry, None, "record-damaged", why, kept=whole)
+    stand_in = _stand_in(line)
+    kept = () if stand_in is None else (stand_in,)
+    is_unknown = stand_in is None and _field(line, b"op_code") is None
+    return Salvaged(entry, None, "record-damaged", why, kept=kept, is_unknown=is_unknown)
 
 
 def _read(line: bytes) -> tuple[AnyOperation | None, str]:
@@ -78,21 +88,32 @@ def _read(line: bytes) -> tuple[AnyOperation | None, str]:
     return record, ""
 
 
+def _whole_records(line: bytes) -> list[tuple[int, AnyOperation]]:
+    """Every undamaged record somewhere in a damaged line, and where it begins."""
+    text = line.decode("latin-1")  # keeps offsets, and JSON's structure is ASCII
+    found: list[tuple[int, AnyOperation]] = []
+    end = 0
+    for start in r.RECORD_START.finditer(line):
+        if start.start() < end:
+            continue
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, start.start())
+        except (ValueError, RecursionError):
+            continue
+        record, why = _read(line[start.start() : end])
+        if record is not None and not why:
+            found.append((start.start(), record))
+    return found
+
+
 def _read_tail(entry: Entry, line: bytes) -> Salvaged:
-    if not line.strip(b" \0"):
-        message = "Spaces or zeros after the last record; the next writer goes on behind them."
-        return Salvaged(entry, None, "torn-tail", message, "note", is_torn_tail=True)
-    if not r.counts_for_nothing(line):
-        record, _ = _read(line[: line.rfind(b"}") + 1])
-        message = "Damaged bytes behind the last newline, in a record that had one once."
-        return Salvaged(entry, record, "record-damaged", message, replacement=_stand_in(line))
-    message = "A record without its newline; it was acknowledged to nobody."
-    return Salvaged(entry, None, "torn-tail", message, "note", is_torn_tail=True)
+    if r.counts_for_nothing(line):
+        message = "Bytes behind the last newline; they were acknowledged to nobody."
+        return Salvaged(entry, None, "torn-tail", message, "note")
+    return _damaged(entry, line, "Behind the last newline, a record that had one once.")
 
 
-def _trusted(record: AnyOperation) -> AnyOperation | None:
-    """Of a readable record with a wrong checksum: itself, where its place matters."""
-    return record if isinstance(record, (r.CreateStudy, r.CreateTrial)) else None
+_CREATIONS: Final = (r.CreateStudy, r.CreateTrial)
 
 
 def _stand_in(line: bytes) -> AnyOperation | None:
@@ -104,17 +125,17 @@ def _stand_in(line: bytes) -> AnyOperation | None:
         study_id = _field(line, b"study_id")
         start = _field(line, b"datetime_start")
         if isinstance(study_id, int):
-            return r.CreateTrial(
-                study_id=study_id,
-                datetime_start=start if isinstance(start, str) else None,
-                state=r.FAIL,
-                worker_id=worker_id,
-            )
+            return lost_trial(study_id, start if isinstance(start, str) else None, worker_id)
     if op_code == 0:
         name, directions = _field(line, b"study_name"), _field(line, b"directions")
         if isinstance(name, str) and isinstance(directions, list):
             return r.CreateStudy(study_name=name, directions=directions, worker_id=worker_id)
     return None
+
+
+def lost_trial(study_id: int, start: str | None = None, worker_id: str = "lost") -> r.CreateTrial:
+    """What stands for a trial of which nothing else is known; the records after it fill it."""
+    return r.CreateTrial(study_id=study_id, datetime_start=start, worker_id=worker_id)
 
 
 def _field(line: bytes, name: bytes) -> Any:

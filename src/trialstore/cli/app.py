@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from trialstore.cli import check, copy, delete_study, export, info
+from trialstore.cli import check, copy, delete_study, export, info, repair
 
 _EPILOG = (
     "Exit codes: 0 done, 1 something was found (check, stale, copy --verify), 2 wrong usage, "
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.command("info")(info.info)
 app.command("check")(check.check)
+app.command("repair")(repair.repair)
 app.command("copy")(copy.copy)
 app.command("export")(export.export)
 app.command("import")(export.import_)

@@ -335,6 +335,11 @@ class FileLog(BaseJournalBackend):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._path!r})"
 
+    @property
+    def path(self) -> str:
+        """Absolute path of the journal."""
+        return self._path
+
     # --- Log ---------------------------------------------------------------------------------
 
     def exchange(self, records: Sequence[AnyOperation], cursor: Cursor, wanted: Wanted) -> Batch:

@@ -1,0 +1,116 @@
+"""What can be brought back of a damaged store without losing more: into a copy, or in place.
+
+A journal is written anew from what ``salvage`` can read: whole records stay, torn ones go, and a
+damaged one that created a trial is stood in for, because ids are positions. Of tables only what no
+reader can make anything of is taken away or set right (``logs/relational/mending.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import os
+from pathlib import Path
+
+import msgspec
+
+from trialstore import records as r
+from trialstore.check import Audit
+from trialstore.log import Entries
+from trialstore.logs.relational.mending import mend_tables
+from trialstore.salvage import Salvaged, lost_trial, read_entry
+
+__all__ = ["Repaired", "mend_tables", "repair_journal"]
+
+
+class Repaired(msgspec.Struct, frozen=True):
+    """What a repair did.
+
+    Args:
+        done: One sentence each, with the place.
+        given_up: What was destroyed, or could not be made sense of.
+    """
+
+    done: list[str]
+    given_up: list[str]
+
+
+def repair_journal(log: Entries, path: Path) -> Repaired:
+    """Write the journal that a damaged one should have been.
+
+    Args:
+        log: The damaged one; it is only read. Nobody should write to it meanwhile.
+        path: Of the new file, which must not exist.
+
+    Raises:
+        FileExistsError: It does.
+        LogUnavailableError: The damaged journal can't be read.
+    """
+    fills = _positions_to_fill(log)
+    done: list[str] = []
+    given_up: list[str] = []
+    audit = Audit()
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; name another file with --output.")
+    try:
+        with unfinished.open("xb") as file:
+            for salvaged in map(read_entry, log.entries()):
+                for record in _kept(salvaged, audit, fills, done, given_up):
+                    file.write(r.encode_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(unfinished, path)  # unlike a rename, it replaces nothing
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return Repaired(done, given_up)
+
+
+def _kept(
+    salvaged: Salvaged,
+    audit: Audit,
+    fills: set[str],
+    done: list[str],
+    given_up: list[str],
+) -> Iterator[r.AnyOperation]:
+    where = salvaged.entry.where
+    kept = salvaged.kept
+    if where in fills and audit.newest_study is not None:
+        kept = (lost_trial(audit.newest_study),)
+    if salvaged.kind in ("torn-tail", "glued-record"):
+        done.append(f"{where}: took away what a crash had left.")
+    elif salvaged.kind and kept:
+        stands_in = (salvaged.kind != "checksum" and kept[0].worker_id == "lost") or where in fills
+        done.append(
+            f"{where}: kept {len(kept)} records of a damaged line."
+            if not stands_in
+            else f"{where}: put a trial in the place of the one that was created here."
+        )
+        if salvaged.kind == "checksum":
+            given_up.append(f"{where}: some field of the trial may not be what was written.")
+    elif salvaged.kind:
+        given_up.append(f"{where}: {salvaged.message} What it said is lost.")
+    for record in kept:
+        wrong = [f.kind for f in audit.take(Salvaged(salvaged.entry, record))]
+        if "record-double" in wrong:
+            done.append(f"{where}: left out a record that is there twice.")
+        elif "trial-unknown" in wrong or "study-unknown" in wrong:
+            given_up.append(f"{where}: it is about something that was never created.")
+        else:
+            yield record
+
+
+def _positions_to_fill(log: Entries) -> set[str]:
+    """Places of damaged records that must have created a trial, or later ids have no trial.
+
+    That is sure only if as many creations are missing as there are records of which nothing
+    tells what they were.
+    """
+    unknown: list[str] = []
+    greatest, n_created = -1, 0
+    for salvaged in map(read_entry, log.entries()):
+        if salvaged.is_unknown:
+            unknown.append(salvaged.entry.where)
+        for record in salvaged.kept:
+            n_created += isinstance(record, r.CreateTrial)
+            greatest = max(greatest, getattr(record, "trial_id", -1))
+    return set(unknown) if greatest + 1 - n_created == len(unknown) else set()
