@@ -10,6 +10,7 @@ NAMES = (
     "known_trials",
     "crowd",
     "opening",
+    "one_of_many",
     "catalogue",
     "memory",
     "redis_journal",

@@ -53,6 +53,9 @@ _T = TypeVar("_T")
 
 _RETRY_PAUSE_MAX_S = 1.0
 _OUTBOX_MAX = 4096
+# Each load reads the whole snapshot and builds again what is held. Whoever has wanted so many
+# studies one after the other is about to want them all.
+_STUDIES_APART_MAX = 16
 
 
 class _Call:
@@ -474,8 +477,9 @@ class Exchanger:
         with self._leading():
             with self.mutex:
                 focus = self.replica.loaded_study_ids() | self.replica.unloaded(wanted)
+            apart = focus if len(focus) <= _STUDIES_APART_MAX else None
             try:
-                restored = catch_up(self.log, restore(cast(Any, self.log), focus))
+                restored = catch_up(self.log, restore(cast(Any, self.log), apart))
             except LogCompactedError:
                 self._read_anew()
                 return

@@ -10,7 +10,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
-from trialstore import snapshot
+from trialstore import exchange, snapshot
 from trialstore.log import Batch, Cursor, Wanted
 from trialstore.records import AnyOperation, Record
 from trialstore.storage import Storage
@@ -93,6 +93,18 @@ def test_only_the_study_that_is_wanted_is_loaded(journal: _Journal) -> None:
     assert reader._exchanger.replica.loaded_study_ids() == set()
     assert reader.get_all_trials(3) == writer.get_all_trials(3)
     assert reader._exchanger.replica.loaded_study_ids() == {3}
+
+
+def test_whoever_wants_study_after_study_gets_all_at_once(
+    journal: _Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_STUDIES_APART_MAX", 2)
+    writer = _fill(journal)
+    _save(journal, writer)
+    reader = Storage(journal, linger_s=0)
+    for study_id, loaded in ((0, {0}), (3, {0, 3}), (1, set(range(_STUDIES)))):
+        assert reader.get_all_trials(study_id) == writer.get_all_trials(study_id)
+        assert reader._exchanger.replica.loaded_study_ids() == loaded
 
 
 def test_ids_and_numbers_go_on_in_studies_that_are_not_loaded(journal: _Journal) -> None:
