@@ -40,6 +40,8 @@ class TestMemoryLog(LogSuite):
 
 
 class TestFileLog(LogSuite):
+    # The kernel makes one write visible page by page, and a reader holds no lock: of a batch that
+    # crosses a page it may see the first records before the others.
     shows_whole_batches = False
 
     @pytest.fixture
