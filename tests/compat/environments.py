@@ -33,6 +33,10 @@ def python_with(version: str) -> str:
     pytest.skip(reason)
 
 
+def has_module(python: str, name: str) -> bool:
+    return subprocess.run([python, "-c", f"import {name}"], capture_output=True).returncode == 0
+
+
 def start(python: str, *arguments: object, zone: str = "UTC", **how: Any) -> subprocess.Popen[str]:
     """A process of ``workers.py``."""
     environment = {**os.environ, "TZ": zone, "PYTHONWARNINGS": "ignore"}

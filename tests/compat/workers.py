@@ -1,7 +1,7 @@
 """Run by an interpreter of its own: a worker of plain Optuna or of trialstore, on one store.
 
 ``python workers.py create|optimize|write|tell|dump KIND URL STUDY [NUMBERS]`` where KIND is
-``optuna`` or ``trialstore`` and URL is ``sqlite:///path`` or ``journal:path``. Prints JSON.
+``optuna`` or ``trialstore`` and URL is ``journal:path`` or that of a database. Prints JSON.
 Imports nothing from the tests, so that any environment with Optuna can run it.
 """
 
@@ -21,16 +21,17 @@ warnings.simplefilter("ignore")
 
 
 def open_storage(kind: str, url: str, **options: Any) -> Any:
-    path = url.partition(":")[2]
+    is_journal, path = url.startswith("journal:"), url.partition(":")[2]
     if kind == "trialstore":
         import trialstore
 
-        if url.startswith("sqlite"):
+        if not is_journal:
             return trialstore.RDBStorage(url, **options)
         backend = trialstore.journal.JournalFileBackend(path)
         return trialstore.JournalStorage(backend, **options)
-    if url.startswith("sqlite"):
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}})
+    if not is_journal:
+        waits = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
+        return optuna.storages.RDBStorage(url, engine_kwargs=waits)
     backend = optuna.storages.journal.JournalFileBackend(path)
     return optuna.storages.JournalStorage(backend)
 

@@ -24,6 +24,7 @@ from sqlalchemy.dialects import (
 )
 from sqlalchemy.engine import Engine
 
+from trialstore.logs.relational.write_queue import WriteQueue
 from trialstore.records import STORES_UTC, parse_time
 
 
@@ -87,6 +88,9 @@ class Session:
     def rollback(self) -> None:
         """End a transaction that failed; nothing of it stays."""
         self.raw.cursor().execute("ROLLBACK")
+
+    def close(self) -> None:
+        self.raw.close()
 
 
 class Dialect:
@@ -279,10 +283,45 @@ def is_local(path: Path) -> bool:
     return kind not in _REMOTE and not kind.startswith(("fuse.sshfs", "fuse.gluster"))
 
 
+class QueueingSession(Session):
+    """Writes in its turn among those of ours that wait for the file."""
+
+    def __init__(self, raw: Any, dialect: Dialect) -> None:
+        super().__init__(raw, dialect)
+        path = raw.execute("PRAGMA database_list").fetchone()[2]
+        self._queue = WriteQueue(Path(path)) if path and is_local(Path(path)) else None
+
+    def run(self, steps: Sequence[Step]) -> list[Rows]:
+        if self._queue is None:
+            return super().run(steps)
+        if steps and steps[0] is self.dialect.begin_write:
+            self._queue.enter()
+        try:
+            return super().run(steps)
+        finally:
+            self._leave()
+
+    def rollback(self) -> None:
+        try:
+            super().rollback()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._queue is not None and self._queue.is_first and not self.raw.in_transaction:
+            self._queue.leave()
+
+    def close(self) -> None:
+        super().close()
+        if self._queue is not None:
+            self._queue.close()
+
+
 class SQLite(Dialect):
     """The driver of the standard library; no server, hence no round trips and no lost answers."""
 
     name = "sqlite"
+    session_type = QueueingSession
     paramstyle = "qmark"
     one_message = False
     keeps_marks = False

@@ -399,13 +399,13 @@ class TablesLog:
     def _disconnect(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            self._end(session.raw)
+            self._end(session)
 
-    def _end(self, raw: Any) -> None:
+    def _end(self, session: Session) -> None:
         """Close a connection, which may be broken."""
         with contextlib.suppress(Exception):
             if self._fairy is None:
-                raw.close()
+                session.close()
             else:
                 self._fairy.close()  # The one connection of the pool holds the contents.
 
@@ -435,9 +435,9 @@ class TablesLog:
     def _connect(self) -> None:
         fresh = self._dialect.name == "sqlite" and _wants_wal(self.engine.url)
         raw = self._open_connection()
+        session = self._dialect.session_type(raw, self._dialect)
         try:
             self._dialect.prepare(raw)
-            session = self._dialect.session_type(raw, self._dialect)
             if self._dialect.name == "sqlite":
                 self._synchronous = ""
                 if fresh:
@@ -459,7 +459,7 @@ class TablesLog:
                 )
                 self._seq = 0 if self._has_mark else self._seq
         except BaseException:
-            self._end(raw)
+            self._end(session)
             raise
         self._session = session
 

@@ -1,0 +1,119 @@
+"""The queue before SQLite's write lock: fair, and never in the way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+import signal
+import sqlite3
+import threading
+from typing import Any
+
+import pytest
+from tests.unit.test_relational_basics import Model
+
+from servers import new_database
+from trialstore.logs.relational.write_queue import WriteQueue
+
+_DEADLINE_S = 60.0
+_context = multiprocessing.get_context("fork")
+
+
+def _hold_until_killed(path: Path, holds: Any, forks: bool) -> None:
+    queue = WriteQueue(path, _DEADLINE_S)
+    queue.enter()
+    queue.leave()
+    # A child inherits the file, and outlives its parent.
+    child = os.fork() if forks else 0
+    if forks and child == 0:
+        signal.pause()
+    raw = sqlite3.connect(path, isolation_level=None)
+    queue.enter()
+    raw.execute("BEGIN IMMEDIATE")
+    holds.put(child)
+    signal.pause()
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_a_killed_holder_holds_nobody_up(tmp_path: Path, forks: bool) -> None:
+    url = new_database("sqlite", tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    path = Path(one.log.engine.url.database or "")
+    holds = _context.SimpleQueue()
+    holder = _context.Process(target=_hold_until_killed, args=(path, holds, forks))
+    holder.start()
+    child = holds.get()
+    waiting = threading.Thread(target=one.trial, args=(study_id,))
+    waiting.start()
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    waiting.join(_DEADLINE_S / 2)
+    if forks:
+        os.kill(child, signal.SIGKILL)
+    assert not waiting.is_alive(), "it waited for one who is dead"
+    holder.join()
+    assert [x.number for x in one.read(study_id)] == [0]
+
+
+def test_the_next_one_is_let_in_when_a_call_ends_well_or_badly(tmp_path: Path) -> None:
+    url = new_database("sqlite", tmp_path)
+    one, two = Model(url), Model(url)
+    study_id = one.study()
+    path = Path(one.log.engine.url.database or "")
+    for model in (one, two):
+        model.trial(study_id)
+        raw = model.log._connected().raw
+        raw.execute("CREATE TEMP TRIGGER fails BEFORE INSERT ON trials "
+                    "BEGIN SELECT RAISE(ABORT, 'by the test'); END")  # fmt: skip
+        with pytest.raises(Exception, match="by the test"):
+            model.trial(study_id)
+        raw.execute("DROP TRIGGER fails")
+        other = WriteQueue(path, _DEADLINE_S)
+        other.enter()
+        assert other.is_first
+        other.close()
+    assert [x.number for x in one.read(study_id)] == [0, 1]
+
+
+def test_a_stopped_holder_is_waited_for_within_a_bound(tmp_path: Path) -> None:
+    first, second, third = (WriteQueue(tmp_path / "x.db", wait_s) for wait_s in (1, 0.01, 60))
+    first.enter()
+    second.enter()
+    assert (first.is_first, second.is_first) == (True, False)
+    first.leave()
+    third.enter()
+    assert third.is_first, "who gave up waiting does not keep the place"
+    for queue in (first, second, third):
+        queue.close()
+
+
+def test_writers_that_do_not_queue_are_waited_for(tmp_path: Path) -> None:
+    """As plain Optuna workers."""
+    one = Model(new_database("sqlite", tmp_path))
+    study_id = one.study()
+    theirs = sqlite3.connect(
+        one.log.engine.url.database or "", isolation_level=None, check_same_thread=False
+    )
+    theirs.execute("BEGIN IMMEDIATE")
+    theirs.execute(
+        "INSERT INTO trials (number, study_id, state) VALUES (0, ?, 'FAIL')", [study_id]
+    )
+    threading.Timer(0.05, theirs.execute, ["COMMIT"]).start()
+    one.trial(study_id)
+    assert [x.number for x in one.read(study_id)] == [0, 1]
+
+
+def test_a_folder_that_takes_no_queue(tmp_path: Path) -> None:
+    url = new_database("sqlite", tmp_path)
+    path = Path(url.removeprefix("sqlite:///"))
+    path.with_name(f"{path.name}.queue").mkdir()
+    one = Model(url)
+    one.trial(one.study())
+
+
+def test_no_queue_in_memory() -> None:
+    one = Model("sqlite://")
+    one.trial(one.study())
+    assert not list(Path().glob("*.queue"))
