@@ -6,6 +6,7 @@ worker's number of trials over the fastest's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import optuna
 
 from benchmarks import harness
-from benchmarks.harness import Report, Row
+from benchmarks.harness import OURS, Report, Row
 
 
 @dataclass
@@ -35,18 +36,22 @@ def main() -> int:
     arguments = parser.parse_args()
     with Report("crowd", arguments) as report:
         for store in arguments.store or ("journal", "sqlite"):
+            stores = dict.fromkeys(harness.contenders(store), store)
             for n_processes in arguments.processes or (4, 16):
-                compare(report, store, n_processes, arguments.seconds, arguments.rounds)
+                compare(report, stores, n_processes, arguments.seconds, arguments.rounds)
     return 0
 
 
-def compare(report: Report, store: str, n_processes: int, seconds: float, rounds: int) -> None:
+def compare(
+    report: Report, stores: Mapping[str, str], n_processes: int, seconds: float, rounds: int
+) -> None:
+    """``stores``: where each implementation works, a store of its own if it is a server's URL."""
     samples = harness.in_turn(
-        harness.contenders(store),
+        list(stores),
         rounds,
-        lambda name: run_crowd(name, store, report.new_folder(), n_processes, seconds),
+        lambda name: run_crowd(name, stores[name], report.new_folder(), n_processes, seconds),
     )
-    label = f"{store.partition('://')[0]}, {n_processes} processes"
+    label = f"{stores[OURS].partition('://')[0]}, {n_processes} processes"
     errors = {
         name: sorted({error for crowd in taken for error in crowd.errors})
         for name, taken in samples.items()

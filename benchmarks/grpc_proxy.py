@@ -26,7 +26,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from benchmarks import harness
+from benchmarks import crowd, harness
 from benchmarks.harness import OURS, Cost, Report, Row
 import trialstore
 from trialstore.grpc import GrpcStorageProxy, run_grpc_proxy_server
@@ -51,14 +51,18 @@ def main() -> int:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     with Report(f"grpc proxy on {arguments.store.partition('://')[0]}", arguments) as report:
         with contextlib.ExitStack() as stack:
-            ports = {
-                name: stack.enter_context(server(name, arguments.store, report.new_folder()))
-                for name in _NAMES
-            }
+            ports, filled = {}, {}
+            for name in _NAMES:
+                # Optuna's proxy does not work on a journal.
+                is_journal = arguments.store == "journal" and name != OURS
+                store, folder = "sqlite" if is_journal else arguments.store, report.new_folder()
+                ports[name] = stack.enter_context(server(name, store, folder))
+                filled[name] = harness.in_child(fill, store, folder, arguments.known)
+            stores = {name: f"grpc://localhost:{port}" for name, port in ports.items()}
             for n_processes in arguments.processes or (4, 16):
-                compare_crowds(report, ports, n_processes, arguments.seconds)
+                crowd.compare(report, stores, n_processes, arguments.seconds, 1)
             compare_trials(report, ports, arguments.trials, arguments.rounds)
-            compare_opening(report, ports, arguments.known, arguments.rounds)
+            compare_opening(report, ports, filled, arguments.known)
         if arguments.polls[0]:
             compare_polls(report, *arguments.polls)
     return 0
@@ -96,8 +100,6 @@ def serve(name: str, store: str, folder: Path, port: int, n_trials: int) -> None
     """What the server's process does."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("trialstore").setLevel(logging.ERROR)
-    if name != OURS and store == "journal":
-        store = "sqlite"
     storage: Any = harness.open_storage(name, store, folder)
     if n_trials:
         harness.fill_in_bulk(storage, n_trials)
@@ -108,9 +110,7 @@ def serve(name: str, store: str, folder: Path, port: int, n_trials: int) -> None
 
 
 def connect(name: str, port: int) -> BaseStorage:
-    if name == OURS:
-        return GrpcStorageProxy(port=port)
-    return optuna.storages.GrpcStorageProxy(port=port)
+    return harness.open_storage(name, f"grpc://localhost:{port}", Path())
 
 
 # --- a trial -------------------------------------------------------------------------------------
@@ -190,14 +190,9 @@ def warm_study(
 # --- opening and polling -------------------------------------------------------------------------
 
 
-def compare_opening(report: Report, ports: dict[str, int], n_trials: int, rounds: int) -> None:
-    names = {}
-    for name in _NAMES:
-        storage = connect(name, ports[name])
-        study = harness.new_study(storage)
-        harness.fill(storage, study._study_id, n_trials)
-        names[name] = study.study_name
-
+def compare_opening(
+    report: Report, ports: dict[str, int], names: dict[str, str], n_trials: int
+) -> None:
     def open_ms(name: str) -> float:
         gc.collect()
         began_s = time.perf_counter()
@@ -206,8 +201,14 @@ def compare_opening(report: Report, ports: dict[str, int], n_trials: int, rounds
         assert len(storage.get_all_trials(study_id, deepcopy=False)) == n_trials
         return (time.perf_counter() - began_s) * 1e3
 
-    samples = harness.in_turn(_NAMES, rounds, open_ms)
+    samples = harness.in_turn(_NAMES, 3, open_ms)
     report.add(Row(f"opening {n_trials:,} trials", "ms", harness.medians(samples, float)))
+
+
+def fill(store: str, folder: Path, n_trials: int) -> str:
+    """Past the servers, since a call for each trial would take minutes."""
+    storage: Any = harness.open_storage(OURS, store, folder)
+    return harness.fill_in_bulk(storage, n_trials)
 
 
 def compare_polls(report: Report, few: int, many: int) -> None:
@@ -231,54 +232,6 @@ def poll_us(storage: trialstore.storage.Storage, study_id: int) -> float:
     storage.get_n_trials(study_id)
     storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,))
     return (time.perf_counter() - began_s) / 2 * 1e6
-
-
-# --- many processes ------------------------------------------------------------------------------
-
-
-def compare_crowds(
-    report: Report, ports: dict[str, int], n_processes: int, seconds: float
-) -> None:
-    speeds, fairness = {}, {}
-    for name in _NAMES:
-        study_name = harness.in_child(create_study, name, ports[name])
-        start = harness.context().Barrier(n_processes)
-        counts = harness.context().Queue()
-        workers = [
-            harness.context().Process(
-                target=work, args=(name, ports[name], study_name, start, counts, seconds)
-            )
-            for _ in range(n_processes)
-        ]
-        for worker in workers:
-            worker.start()
-        done = [counts.get() for _ in workers]
-        for worker in workers:
-            worker.join()
-        speeds[name] = sum(count / elapsed_s for count, elapsed_s in done)
-        fairness[name] = min(done)[0] / max(1, max(done)[0])
-    label = f"{n_processes} processes"
-    report.add(Row(label, "trials/s", speeds, more_is_better=True))
-    report.add(Row(label, "slowest/fastest", fairness, more_is_better=True))
-
-
-def create_study(name: str, port: int) -> str:
-    return str(harness.new_study(connect(name, port)).study_name)
-
-
-def work(name: str, port: int, study_name: str, start: Any, counts: Any, seconds: float) -> None:
-    study = optuna.load_study(
-        study_name=study_name,
-        storage=connect(name, port),
-        sampler=optuna.samplers.RandomSampler(),
-    )
-    start.wait()
-    began_s = time.perf_counter()
-    count = 0
-    while time.perf_counter() - began_s < seconds:
-        study.optimize(harness.objective, n_trials=1)
-        count += 1
-    counts.put((count, time.perf_counter() - began_s))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import optuna
 from optuna.storages import BaseStorage
 
-from benchmarks import harness
+from benchmarks import crowd, harness
 from benchmarks.harness import OURS, Cost, Report, Row
 import trialstore
 from trialstore import snapshot
@@ -33,6 +33,7 @@ from trialstore.testing.faults import CountingProxy
 _NAMES = (OURS, "optuna")
 _DELAY_S = 0.005
 _prefixes = (f"bench{number}" for number in itertools.count())
+_databases = itertools.count(1)
 
 
 def main() -> int:
@@ -48,7 +49,9 @@ def main() -> int:
         compare_trials(report, url, arguments.trials, arguments.rounds)
         compare_opening(report, url, arguments.known, arguments.rounds)
         for n_processes in arguments.processes or (4, 16):
-            compare_crowds(report, url, n_processes, arguments.seconds)
+            # A journal of its own for each crowd; numbers of databases, since URLs have no prefix.
+            stores = {name: f"{url}/{next(_databases)}" for name in _NAMES}
+            crowd.compare(report, stores, n_processes, arguments.seconds, 1)
     return 0
 
 
@@ -186,56 +189,6 @@ def save(url: str, prefix: str, study_name: str, n_trials: int) -> None:
     import pickle
 
     theirs._backend.save_snapshot(pickle.dumps(theirs._replay_result))
-
-
-# --- many processes ------------------------------------------------------------------------------
-
-
-def compare_crowds(report: Report, url: str, n_processes: int, seconds: float) -> None:
-    speeds: dict[str, float] = {}
-    fairness: dict[str, float] = {}
-    for name in _NAMES:
-        prefix = next(_prefixes)
-        study_name = harness.in_child(create_study, name, url, prefix)
-        context = harness.context()
-        start, counts = context.Barrier(n_processes), context.Queue()
-        workers = [
-            context.Process(
-                target=work, args=(name, url, prefix, study_name, start, counts, seconds)
-            )
-            for _ in range(n_processes)
-        ]
-        for worker in workers:
-            worker.start()
-        done = [counts.get() for _ in workers]
-        for worker in workers:
-            worker.join()
-        speeds[name] = sum(count / elapsed_s for count, elapsed_s in done)
-        fairness[name] = min(done)[0] / max(done)[0]
-    label = f"{n_processes} processes"
-    report.add(Row(label, "trials/s", speeds, more_is_better=True))
-    report.add(Row(label, "slowest/fastest", fairness, more_is_better=True))
-
-
-def create_study(name: str, url: str, prefix: str) -> str:
-    return harness.new_study(open_storage(name, url, prefix)).study_name
-
-
-def work(
-    name: str, url: str, prefix: str, study_name: str, start: Any, counts: Any, seconds: float
-) -> None:
-    study = optuna.load_study(
-        study_name=study_name,
-        storage=open_storage(name, url, prefix),
-        sampler=optuna.samplers.RandomSampler(),
-    )
-    start.wait()
-    began_s = time.perf_counter()
-    count = 0
-    while time.perf_counter() - began_s < seconds:
-        study.optimize(harness.objective, n_trials=1)
-        count += 1
-    counts.put((count, time.perf_counter() - began_s))
 
 
 if __name__ == "__main__":
