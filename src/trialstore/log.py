@@ -231,6 +231,22 @@ class SnapshotStore(Protocol):
         ...
 
 
+@runtime_checkable
+class Followable(Protocol):
+    """A log whose cursors say for each study how far it was followed, and can be put together.
+
+    So somebody who has read a study once can hand it to others, and have them go on from there.
+    """
+
+    def is_unread(self, cursor: Cursor, study_id: int) -> bool:
+        """Whether a cursor covers no trials of a study but single ones."""
+        ...
+
+    def joined(self, cursor: Cursor, other: Cursor, study_id: int) -> Cursor:
+        """``cursor`` with what ``other`` covers of a study instead of its own."""
+        ...
+
+
 Decide = Callable[[Sequence[Record], Cursor], Sequence[AnyOperation]]
 """Given the news and the cursor after them, the operations to append; none leaves the log alone.
 

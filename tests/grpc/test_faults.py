@@ -25,10 +25,18 @@ from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnkno
 from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
 from trialstore.logs.grpc import payload
 from trialstore.logs.grpc.client import GrpcLog
-from trialstore.logs.grpc.sharing import JudgedShare, Request, SequentialShare, share_of
+from trialstore.logs.grpc.sharing import (
+    JudgedShare,
+    Request,
+    SequentialShare,
+    ShareLog,
+    share_of,
+)
 from trialstore.logs.relational.log import TablesLog
 from trialstore.records import Verdict
 from trialstore.storage import Storage
+from trialstore.testing.contents import study_contents
+from trialstore.testing.counting import CountingLog
 from trialstore.testing.proxy import CountingProxy
 
 _KINDS = ["journal", "sqlite", pytest.param("psycopg", marks=pytest.mark.servers)]
@@ -366,3 +374,45 @@ def test_where_the_log_judges_a_repetition_has_the_outcome_of_the_first(
     assert [one.verdict for one in send(other, again=True)] == [Verdict.FINISHED]
     batch = log.exchange((), START, Wanted(trials_of=frozenset((study.id,))))
     assert len([one for one in batch.news if isinstance(one, r.PutTrial)]) == 1
+
+
+# --- what many clients read ----------------------------------------------------------------------
+
+
+class _CountingNews(CountingLog):
+    n_news = 0
+
+    def exchange(self, records: Any, cursor: Cursor, wanted: Wanted) -> Batch:
+        batch = super().exchange(records, cursor, wanted)
+        self.n_news += len(batch.news)
+        return batch
+
+
+def test_a_study_that_many_open_is_read_from_the_tables_once(tmp_path: Path) -> None:
+    log = TablesLog(f"sqlite:///{tmp_path}/a.db")
+    counter = _CountingNews(log)
+    share = JudgedShare(counter, lambda: counter, n_copies_max=1)
+    with contextlib.closing(Storage(ShareLog(share))) as storage:
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+        for number in range(40):
+            trial_id = storage.create_new_trial(study_id)
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [float(number)])
+        running = storage.create_new_trial(study_id)
+        n_read = []
+        for _ in range(3):
+            before = counter.n_news
+            with contextlib.closing(Storage(ShareLog(share))) as reader:
+                assert reader.get_n_trials(study_id, TrialState.RUNNING) == 1
+                assert study_contents(reader, study_id) == study_contents(storage, study_id)
+            n_read.append(counter.n_news - before)
+        assert n_read[0] > 40 > 10 > max(n_read[1:])
+        storage.set_trial_state_values(running, TrialState.COMPLETE, [0.0])
+        with contextlib.closing(Storage(ShareLog(share))) as reader:
+            assert reader.get_trial(running).state == TrialState.COMPLETE
+            assert study_contents(reader, study_id) == study_contents(storage, study_id)
+        storage.delete_study(study_id)
+        for _ in range(2):
+            with contextlib.closing(Storage(ShareLog(share))) as reader:
+                with pytest.raises(KeyError):
+                    reader.get_all_trials(study_id)
+                assert reader.get_all_studies() == []

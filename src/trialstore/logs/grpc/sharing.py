@@ -33,6 +33,7 @@ from trialstore.log import (
     ConditionalLog,
     Cursor,
     Decide,
+    Followable,
     LeaseStore,
     Limited,
     Log,
@@ -64,6 +65,8 @@ _T = TypeVar("_T")
 
 _TAIL_BYTES_MAX: Final = 32 << 20
 _TAIL_RUNS_MAX: Final = 50_000  # each costs some 400 bytes beside its records
+# Of studies that clients have opened, packed; some 600 bytes a trial.
+_OPENINGS_BYTES_MAX: Final = 64 << 20
 # Of outcomes, over all clients: each has one exchange at a time, seldom of more than ten records.
 _REMEMBERED_MAX: Final = 100_000
 
@@ -535,12 +538,14 @@ class JudgedShare:
         self._idle = [log]
         self._available = threading.Condition()
         self._remembered = _Remembered()
+        self._openings: OrderedDict[int, _Opening] = OrderedDict()
+        self._opening = threading.Lock()
 
     def exchange(self, request: Request) -> Answer:
         """See ``Share``."""
         records = request.records
         if not records:
-            return self._exchange(request, NOTHING)
+            return self._read(request)
         with self._remembered.one_at_a_time(records[0].worker_id):
             known = self._remembered.find(records)
             if not known and request.again:
@@ -594,6 +599,40 @@ class JudgedShare:
             batch = log.exchange(request.records, cursor, wanted)
         return Answer(pack(batch.news), pack_cursor(batch.cursor), batch.outcomes)
 
+    def _read(self, request: Request) -> Answer:
+        """With whole studies as they were when somebody opened them last, and what came since."""
+        wanted, log = request.wanted, self.log
+        if not wanted.trials_of or not isinstance(log, Followable):
+            return self._exchange(request, NOTHING)
+        cursor = unpack_cursor(request.cursor)
+        kept: dict[int, _Opening] = {}
+        for study_id in sorted(wanted.trials_of):
+            if log.is_unread(cursor, study_id):
+                kept[study_id] = self._opened(study_id)
+                cursor = log.joined(cursor, kept[study_id].cursor, study_id)
+        with self._copy() as copy:
+            batch = copy.exchange((), cursor, wanted)
+        news = pack(batch.news)
+        if kept and sum(run.size for run in news) * 4 > sum(one.size for one in kept.values()):
+            # Too much of it is old, or the study is gone; the next one reads it anew.
+            with self._opening:
+                for study_id in kept:
+                    self._openings.pop(study_id, None)
+        runs = [run for opening in kept.values() for run in opening.news]
+        return Answer(runs + news, pack_cursor(batch.cursor), batch.outcomes)
+
+    def _opened(self, study_id: int) -> _Opening:
+        with self._opening:
+            kept = self._openings.get(study_id)
+            if kept is None:
+                with self._copy() as log:
+                    batch = log.exchange((), START, Wanted(trials_of=frozenset((study_id,))))
+                kept = self._openings[study_id] = _Opening(pack(batch.news), batch.cursor)
+            self._openings.move_to_end(study_id)
+            while sum(one.size for one in self._openings.values()) > _OPENINGS_BYTES_MAX:
+                self._openings.popitem(last=False)
+        return kept
+
     def _look_for(self, records: list[AnyOperation]) -> dict[int, Outcome]:
         wanted = settle.evidence(records)
         if wanted == NOTHING:
@@ -623,6 +662,17 @@ class JudgedShare:
                 else:
                     self._idle.append(log)
                 self._available.notify()
+
+
+class _Opening(NamedTuple):
+    """What a client that knows nothing is told of a study."""
+
+    news: list[Packed]
+    cursor: Cursor
+
+    @property
+    def size(self) -> int:
+        return sum(run.size for run in self.news)
 
 
 @contextlib.contextmanager

@@ -318,6 +318,19 @@ class TablesLog:
         """See ``Inspectable``."""
         yield from findings_in_tables(self.engine, deep=deep)
 
+    # --- cursors, for who reads on behalf of others ---
+
+    def is_unread(self, cursor: Cursor, study_id: int) -> bool:
+        """See ``Followable``."""
+        study = read_cursor(cursor).get(study_id)
+        return study is None or study.all_id == 0
+
+    def joined(self, cursor: Cursor, other: Cursor, study_id: int) -> Cursor:
+        """See ``Followable``."""
+        others = read_cursor(other)
+        joined = {one: study for one, study in read_cursor(cursor).items() if one != study_id}
+        return joined | {study_id: others[study_id]} if study_id in others else joined
+
     # --- leases: Optuna's heartbeats, a row per trial ---
 
     def take_lease(self, owner: str) -> None:
