@@ -121,12 +121,15 @@ def _shared(storage: BaseStorage, max_connections: int) -> Any:
     assert isinstance(storage, Storage)
     exchanger = storage._exchanger
     with _alone(exchanger):
+        saver = exchanger._saver
         copyable = not _is_in_memory_database(log)
         share = share_of(
             log,
             exchanger._cursor,
             lambda: pickle.loads(pickle.dumps(log)),
             n_copies_max=max_connections if copyable else 1,
+            # What clients write goes past the exchanger, which would have saved snapshots.
+            **({} if saver is None else {"note": saver.note}),
         )
         exchanger.log = ShareLog(share)
     try:

@@ -416,3 +416,11 @@ def test_a_study_that_many_open_is_read_from_the_tables_once(tmp_path: Path) -> 
                 with pytest.raises(KeyError):
                     reader.get_all_trials(study_id)
                 assert reader.get_all_studies() == []
+
+
+def test_what_clients_write_counts_for_the_next_snapshot() -> None:
+    log, noted = PositionLog(), list[int]()
+    share = share_of(log, START, lambda: log, n_copies_max=1, note=noted.append)
+    share.exchange(Request([_create(1), _create(2)], b"", NOTHING))
+    share.exchange(Request([_create(3)], b"", NOTHING))
+    assert sum(noted) == 3

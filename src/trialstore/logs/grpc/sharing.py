@@ -202,7 +202,18 @@ def _same(log: Log) -> Log:
     return log
 
 
-def share_of(log: Log, cursor: Cursor, copy_log: Callable[[], Log], *, n_copies_max: int) -> Share:
+def _ignore(n_records: int) -> None:
+    """Nobody counts."""
+
+
+def share_of(
+    log: Log,
+    cursor: Cursor,
+    copy_log: Callable[[], Log],
+    *,
+    n_copies_max: int,
+    note: Callable[[int], None] = _ignore,
+) -> Share:
     """The way that suits a log; asks it for nothing and sees whether it would judge.
 
     Args:
@@ -210,10 +221,11 @@ def share_of(log: Log, cursor: Cursor, copy_log: Callable[[], Log], *, n_copies_
         cursor: A position near the end.
         copy_log: Makes another handle on the same log.
         n_copies_max: So many handles at most, the first included.
+        note: Told of so many new records of a journal, for whoever saves snapshots of it.
     """
     batch = log.exchange((), cursor, NOTHING)
     if batch.outcomes is None:
-        return SequentialShare(log, pack_cursor(batch.cursor))
+        return SequentialShare(log, pack_cursor(batch.cursor), note)
     return JudgedShare(log, copy_log, n_copies_max=n_copies_max)
 
 
@@ -245,10 +257,12 @@ class SequentialShare:
     Args:
         log: Used by one thread at a time, and by nobody else.
         head: A packed position that the tail begins at.
+        note: See ``share_of``.
     """
 
-    def __init__(self, log: Log, head: bytes) -> None:
+    def __init__(self, log: Log, head: bytes, note: Callable[[int], None] = _ignore) -> None:
         self.log = log
+        self._note = note
         self._turn = threading.Condition()
         self._gathered: list[_Call] = []
         self._leads = False
@@ -374,6 +388,7 @@ class SequentialShare:
     def _advance(self, records: Sequence[AnyOperation]) -> None:
         for news, end in self._portions(records, self._tail.head):
             self._tail.add(news, end)
+            self._note(sum(run.n_records for run in news))
 
     def _portions(
         self, records: Sequence[AnyOperation], cursor: bytes
@@ -431,8 +446,8 @@ class SequentialShare:
             self._tail.add(pack(batch.news), pack_cursor(batch.cursor))
         else:
             # Two methods of a backend: nobody comes between who goes through this server.
-            batch = self.log.exchange((), head, NOTHING)
-            if decide(batch.news, batch.cursor):
+            self._advance(())
+            if decide((), unpack_cursor(self._tail.head)):
                 self._advance(records)
         return bool(appended)
 
