@@ -23,7 +23,7 @@ import trialstore
 from trialstore import records as r
 from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
-from trialstore.logs.grpc import payload
+from trialstore.logs.grpc import payload, sharing
 from trialstore.logs.grpc.client import GrpcLog
 from trialstore.logs.grpc.sharing import (
     JudgedShare,
@@ -111,14 +111,17 @@ def test_a_claim_whose_answer_is_lost_is_this_client_s(tmp_path: Path) -> None:
             storage.close()
 
 
-def test_a_network_that_swallows_everything_for_a_while_is_survived(tmp_path: Path) -> None:
+def test_a_network_that_swallows_everything_for_a_while_is_survived(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    cut_s = 5.0 if request.config.getoption("--soak") else 0.5
     port = serve(served_url("journal", tmp_path))
     with CountingProxy("localhost", port) as proxy:
         storage = open_grpc(proxy.port, call_timeout_s=0.2)
         study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
         for direction in ({"replies": False}, {"requests": False}, {}):
             proxy.swallow(**direction)
-            thread = threading.Timer(0.5, proxy.pass_on)
+            thread = threading.Timer(cut_s, proxy.pass_on)
             thread.start()
             trial_id = storage.create_new_trial(study_id)
             thread.join()
@@ -206,8 +209,11 @@ def test_sigterm_lets_running_calls_end_and_clients_go_on_with_the_next_server(
         assert_whole(open_grpc(server.port), 60)
 
 
-def test_clients_may_switch_between_servers_on_one_journal_at_any_call(tmp_path: Path) -> None:
-    url = served_url("journal", tmp_path)
+@pytest.mark.parametrize("kind", _KINDS)
+def test_clients_may_switch_between_servers_on_one_log_at_any_call(
+    kind: str, tmp_path: Path
+) -> None:
+    url = served_url(kind, tmp_path)
     first, second = serve(url), serve(url)
     storage = open_grpc(first)
     study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
@@ -424,3 +430,29 @@ def test_what_clients_write_counts_for_the_next_snapshot() -> None:
     share.exchange(Request([_create(1), _create(2)], b"", NOTHING))
     share.exchange(Request([_create(3)], b"", NOTHING))
     assert sum(noted) == 3
+
+
+def test_what_a_server_remembers_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "_TAIL_BYTES_MAX", 2_000)
+    monkeypatch.setattr(sharing, "_REMEMBERED_MAX", 10)
+    monkeypatch.setattr(sharing, "_OPENINGS_BYTES_MAX", 1_000)
+    positions = PositionLog()
+    sequential: Any = share_of(positions, START, lambda: positions, n_copies_max=1)
+    tables = TablesLog(f"sqlite:///{tmp_path}/a.db")
+    judged: Any = share_of(tables, START, lambda: tables, n_copies_max=1)
+    for number in range(50):
+        worker = f"w{number}"
+        study = r.CreateStudy(worker_id=worker, seq=0, study_name=worker, directions=[1])
+        sequential.exchange(Request([study], b"", NOTHING))
+        (created,) = judged.exchange(Request([study], b"", NOTHING)).outcomes
+        judged.exchange(Request([], b"", Wanted(trials_of=frozenset((created.id,)))))
+        read = sequential.exchange(Request([], b"", NOTHING))
+        assert sum(run.n_records for run in read.news) == number + 1
+    tail = sequential._tail
+    assert tail._n_bytes <= 2_000 and len(tail._runs) == len(tail._numbers) < 50
+    assert len(sequential._last_seq) <= 10
+    assert judged._remembered._n_outcomes <= 10
+    assert sum(one.size for one in judged._openings.values()) <= 1_000
+    assert not judged._remembered._locks

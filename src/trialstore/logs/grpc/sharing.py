@@ -429,18 +429,18 @@ class SequentialShare:
     def _append_if(self, records: Sequence[AnyOperation], request: Request) -> bool:
         """Whether nothing that touches what is wanted has come after the client's cursor."""
         head = unpack_cursor(self._tail.head)
+        appended: Sequence[AnyOperation] = ()
 
         def decide(news: Sequence[Record], cursor: Cursor) -> Sequence[AnyOperation]:
+            nonlocal appended
             self._tail.add(pack(news), pack_cursor(cursor))
             newer = self._tail.since(request.cursor)
-            if newer is None or (
+            refused = newer is None or (
                 digest(newer) != request.expected and _touch(_unpack(newer), request.wanted)
-            ):
-                return ()
-            appended.extend(records)
+            )
+            appended = () if refused else records
             return appended
 
-        appended: list[AnyOperation] = []
         if isinstance(self.log, ConditionalLog):
             batch = self.log.exchange_if(decide, head, request.wanted)
             self._tail.add(pack(batch.news), pack_cursor(batch.cursor))
@@ -712,8 +712,8 @@ def _exchange_if(log: Log, request: Request, cursor: Cursor, wanted: Wanted) -> 
 
     def decide(news: Sequence[Record], after: Cursor) -> Sequence[AnyOperation]:
         nonlocal told
-        told = Batch((), news, after)
-        return request.records if digest(pack(news)) == request.expected else ()
+        told = Batch((), news if told is None else [*told.news, *news], after)
+        return request.records if digest(pack(told.news)) == request.expected else ()
 
     if isinstance(log, ConditionalLog):
         batch = log.exchange_if(decide, cursor, wanted)
