@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import itertools
 import multiprocessing
 import os
 from pathlib import Path
+import threading
 import time
 from typing import Any
 
@@ -516,6 +518,49 @@ def test_a_conditional_append_that_arrives_after_its_retry_changes_nothing(atomi
     assert counter.add() == 1
     late[0]()
     assert _numbers(atomic.open()) == [(1, 1)]
+
+
+def test_a_conditional_append_comes_through_a_crowd_of_plain_ones(atomic: _Where) -> None:
+    stop = threading.Event()
+
+    def append() -> None:
+        log, cursor = atomic.open(), START
+        for seq in itertools.count():
+            if stop.is_set():
+                return
+            cursor = log.exchange([_study(seq, threading.current_thread().name)], cursor,
+                                  NOTHING).cursor  # fmt: skip
+
+    crowd = [threading.Thread(target=append) for _ in range(4)]
+    for thread in crowd:
+        thread.start()
+    counter = _Counter(atomic.open())
+    numbers = [counter.add() for _ in range(20)]
+    stop.set()
+    for thread in crowd:
+        thread.join(_DEADLINE_S)
+    assert _numbers(atomic.open()) == [(number, number) for number in numbers]
+    assert counter.n_decisions <= 3 * len(numbers), "it waits for nobody's pause"
+
+
+@pytest.mark.parametrize("how", ["nothing", "an error"])
+def test_a_turn_that_is_not_used_is_given_back(atomic: _Where, how: str) -> None:
+    others, counter = atomic.open(), _Counter(atomic.open(clock=ManualClock()))
+    decisions = itertools.count()
+
+    def decide(news: Sequence[Any], cursor: Any) -> list[r.CreateStudy]:
+        if next(decisions):
+            if how == "an error":
+                raise ArithmeticError
+            return []
+        _append(others, [_study(0, "other")])
+        return [_study(0, "late")]
+
+    with contextlib.suppress(ArithmeticError):
+        counter.log.exchange_if(decide, START, NOTHING)
+    clock = ManualClock()
+    atomic.open(clock=clock).exchange([_study(1, "other")], START, NOTHING)
+    assert clock.slept_s == 0.0, "nobody had to wait"
 
 
 def test_a_conditional_append_that_was_filled_is_decided_again(slots: _Where) -> None:

@@ -8,18 +8,21 @@
 -- KEYS[2]  PREFIX:trialstore:complete   every record up to this number has been written
 -- KEYS[3]  PREFIX:trialstore:leases     when each owner last said that it lives
 -- KEYS[4]  PREFIX:trialstore:stale      records up to this number were left by a compaction
+-- KEYS[5]  PREFIX:trialstore:turn       whose conditional append comes next; ends by itself
 -- ARGV[1]  PREFIX:log:                  a record's key without its number
 -- ARGV[2]  number of the next record that the caller has not read
 -- ARGV[3]  the last bytes of the record before that one; empty if not known
 -- ARGV[4]  the last bytes of record 0, which name the journal; empty if not known
 -- ARGV[5]  how many records may be returned
--- ARGV[6]  1: append only if nothing is new; 0: in any case
+-- ARGV[6]  who appends only if nothing is new; empty: append in any case
 -- ARGV[7]  how many owners create or claim a trial by this, whose leases are renewed with it
 -- ARGV[8…] those owners, then the records to append
 --
 -- Returns {status, number, records}:
 --   ok       number of the last record, the records before the appended ones
---   moved    number of the last record, the records that are new, for which nothing was appended
+--   moved    number of the last record, the records that are new, for which nothing was appended;
+--            the caller has the turn now
+--   turn     number of the last record; somebody else has the turn, nothing was appended
 --   behind   number of the last record; more are new than may be returned, nothing was appended
 --   other    0, this is not the journal that record 0 belonged to
 --   hole     number of a record that is not there (yet), nothing was appended
@@ -88,10 +91,16 @@ if #ARGV >= first then
     end
   end
   if #fresh > 0 then
-    if ARGV[6] == '1' and #news > 0 then
+    local turn = redis.call('GET', KEYS[5])
+    if turn and turn ~= ARGV[6] then
+      return {'turn', last, {}}
+    end
+    if ARGV[6] ~= '' and #news > 0 then
+      -- While the caller decides anew, others wait: it would never come through a crowd of them.
+      redis.call('SET', KEYS[5], ARGV[6], 'PX', 1000)
       return {'moved', last, news}
     end
-    -- The leases first: if that key holds something else, nothing has been written yet.
+    -- The leases before the records: if that key holds something else, nothing has been written yet.
     if first > 8 then
       local time = redis.call('TIME')
       local now_ms = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
@@ -105,6 +114,9 @@ if #ARGV >= first then
     end
     last = last + #fresh
     redis.call('SET', KEYS[2], string.format('%d', last))
+    if turn then
+      redis.call('DEL', KEYS[5])
+    end
   end
 end
 return {'ok', last, news}

@@ -117,9 +117,8 @@ _AGES_SCRIPT: Final = (
     "for i = 1, #ages do if ages[i] then ages[i] = now_ms - ages[i] end end return ages"
 )
 _OWNERS_MAX: Final = 1000  # a script takes only so many arguments apart
-# Who came too late to append on a condition tries again at once, but not all at the same moment.
-_COLLISION_PAUSE_S: Final = 0.001
-_COLLISION_PAUSE_MAX_S: Final = 0.02
+# Whoever decides anew what to append on a condition has its turn, which takes a round trip.
+_TURN_PAUSE_S: Final = 0.002
 # A record about a study that can't exist: replayed by any Optuna, it changes nothing.
 _FILLER_RECORD: Final = DeleteStudy(worker_id="trialstore-hole", study_id=-1)
 _FILLER: Final = encode_line(_FILLER_RECORD)[:-1]
@@ -550,6 +549,10 @@ class RedisLog(BaseJournalBackend):
         return f"{self._prefix}:trialstore:complete"
 
     @property
+    def _turn_key(self) -> str:
+        return f"{self._prefix}:trialstore:turn"
+
+    @property
     def _leases_key(self) -> str:
         return f"{self._prefix}:trialstore:leases"
 
@@ -601,19 +604,21 @@ class RedisLog(BaseJournalBackend):
     def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
         """See ``ConditionalLog``, and ``exchange`` for what it raises.
 
-        Nobody is kept out: ``decide`` runs again for as long as somebody else has appended
-        meanwhile, whatever it was.
+        ``decide`` runs again if somebody else has appended meanwhile, whatever it was. Others
+        then wait for their turn; on a cluster with a plain prefix they do not.
         """
         position = _BEGIN if cursor is START else _Position(*cursor)
-        pause_s = _COLLISION_PAUSE_S
         with self._mutex:
             lines: list[bytes] = []
             news, after = self._read_on(*self._exchange_lines(lines, position))
             while set(lines).isdisjoint(news):
-                if lines:
-                    self._clock.sleep(pause_s * random.random())
-                    pause_s = min(2 * pause_s, _COLLISION_PAUSE_MAX_S)
-                records = decide(self._decode(news, after.number - len(news)), tuple(after))
+                records: Sequence[AnyOperation] = ()
+                try:
+                    records = decide(self._decode(news, after.number - len(news)), tuple(after))
+                finally:
+                    if lines and not records and not self._in_slots:
+                        release = ("EVAL", _RELEASE_SCRIPT, 1, self._turn_key, self._mark)
+                        self._ask(functools.partial(_send_one, command=release))
                 position = after
                 if not records:
                     return Batch(None, (), tuple(after))
@@ -752,6 +757,8 @@ class RedisLog(BaseJournalBackend):
                 unsure = self._read(position.number, number)
             elif status == b"hole":
                 self._close_hole(number)
+            elif status == b"turn":
+                self._clock.sleep(_TURN_PAUSE_S * random.uniform(0.5, 1.5))
             else:
                 self._raise_damaged(status, number, found, position)
 
@@ -759,17 +766,18 @@ class RedisLog(BaseJournalBackend):
         self, position: _Position, lines: list[bytes], owners: Sequence[str], alone: bool
     ) -> tuple[bytes, int, Any]:
         args = (
-            4,
+            5,
             self._number_key,
             self._complete_key,
             self._leases_key,
             self._stale_key,
+            self._turn_key,
             f"{self._prefix}:log:",
             position.number,
             position.tail.encode("latin-1"),
             position.identity.encode("latin-1"),
             _NEWS_MAX,
-            int(alone),
+            self._mark if alone else "",
             len(owners),
             *owners,
             *lines,
