@@ -20,8 +20,10 @@ from trialstore import records as r
 from trialstore.contents import parse_distribution
 from trialstore.findings import Finding
 from trialstore.log import Entries, Inspectable, Log
+from trialstore.replica import Replica
 from trialstore.salvage import Salvaged, read_entry
 from trialstore.scan import Scan
+from trialstore.snapshot import restore_base
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -59,7 +61,7 @@ def check(
     """
     findings = list(log.findings(deep=deep)) if isinstance(log, Inspectable) else []
     if isinstance(log, Entries):
-        audit = Audit()
+        audit = Audit(restore_base(log)[0].replica)
         for n, entry in enumerate(log.entries(), 1):
             findings += audit.take(read_entry(entry))
             if n % 10_000 == 0:
@@ -116,9 +118,12 @@ class Audit:
 
     What loses a race is no damage: a record on a finished trial or a deleted study, a name that
     is taken.
+
+    Args:
+        replica: What the records that were trimmed away had come to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replica: Replica) -> None:
         self.n_records = 0
         self.studies: dict[int, _Study] = {}
         self._names: set[str] = set()
@@ -127,6 +132,22 @@ class Audit:
         self._states = bytearray()
         self._distributions: dict[str, BaseDistribution | None] = {}
         self._seqs: dict[str, dict[int, None]] = {}
+        self._begin(replica)
+
+    def _begin(self, replica: Replica) -> None:
+        positions = replica.positions()
+        self._n_studies = positions.next_study_id
+        for study_id, length in positions.runs:
+            self._study_of.extend([study_id] * length)
+        self._states = bytearray([r.FAIL]) * len(self._study_of)
+        for study_id in replica.study_ids():
+            image = replica.study_image(study_id)
+            study = _Study(study_id, image.study_name, len(image.directions))
+            self.studies[study_id] = study
+            self._names.add(image.study_name)
+            for trial in replica.trial_images(study_id):
+                study.n_trials += 1
+                self._states[trial.trial_id] = trial.state
 
     @property
     def newest_study(self) -> int | None:

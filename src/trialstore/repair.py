@@ -17,6 +17,7 @@ from trialstore import records as r
 from trialstore.check import Audit
 from trialstore.log import Entries
 from trialstore.logs.relational.mending import mend_tables
+from trialstore.replica import Replica
 from trialstore.salvage import Salvaged, lost_trial, read_entry
 
 __all__ = ["Repaired", "mend_tables", "repair_journal"]
@@ -48,7 +49,7 @@ def repair_journal(log: Entries, path: Path) -> Repaired:
     fills = _positions_to_fill(log)
     done: list[str] = []
     given_up: list[str] = []
-    audit = Audit()
+    audit = Audit(Replica())
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     if path.exists():
         raise FileExistsError(f"{path} exists already; name another file with --output.")

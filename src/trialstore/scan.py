@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from trialstore.log import START, Cursor, Log, Overview, Paged, Wanted
 from trialstore.records import COMPLETE, PutStudy, PutTrial
 from trialstore.replica import Replica
-from trialstore.snapshot import apply_all, pack, unpack
+from trialstore.snapshot import apply_all, pack, restore_base, unpack
 
 _PAGE_TRIALS: Final = 1000
 _MAXIMIZE: Final = int(StudyDirection.MAXIMIZE)
@@ -48,8 +48,11 @@ class Scan:
 
     def __init__(self, log: Log | None, replica: Replica | None = None) -> None:
         self._log = log
-        self._replica = Replica() if replica is None else replica
         self._cursor: Cursor = START
+        if replica is not None:
+            self._replica = replica
+        elif log is not None:
+            (self._replica, self._cursor, _), _ = restore_base(log)
         self._packed: dict[int, list[_Packed]] = {}
         self._texts: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._catch_up(Wanted(catalogue=True))

@@ -16,7 +16,7 @@ This class asks its log for capabilities (``log.py``), never which log it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 import contextlib
 import copy
 import functools
@@ -45,6 +45,7 @@ from trialstore.log import NOTHING, Catalogue, LeaseStore, Limited, Log, Wanted
 from trialstore.records import ACCEPTED, Outcome, Verdict
 from trialstore.replica import Replica
 from trialstore.scan import Scan
+from trialstore.watch import POLL_S, Change, watch
 
 _logger = logging.getLogger("trialstore")
 
@@ -204,6 +205,27 @@ class Storage(BaseStorage, BaseHeartbeat):
         """Everything that is stored, for somebody who reads it once and holds little of it."""
         self.flush()
         return Scan(self.log)
+
+    def watch(
+        self, study_id: int, since: str | None = None, *, poll_s: float = POLL_S
+    ) -> Iterator[Change]:
+        """Changes of a study's trials, endlessly; each shows the trial as it is then.
+
+        Args:
+            study_id: The study.
+            since: Cursor of the last change that was dealt with, from whatever process; None
+                begins with all trials that are there.
+            poll_s: How long to wait, when nothing is new, before the next look.
+
+        Raises:
+            KeyError: There is no such study, or not any more.
+            ValueError: ``since`` is no cursor of this study.
+            LogUnavailableError: The log is away; go on from the last cursor.
+        """
+        wanted = Wanted(trials_of=frozenset((study_id,)))
+        return watch(
+            lambda answer: self._read(wanted, answer), study_id, since, poll_s, self._clock
+        )
 
     # --- the four ways to the log ----------------------------------------------------------------
 

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from trialstore.cli import check, copy, delete_study, export, info, repair
+from trialstore.cli import (
+    bench,
+    check,
+    compact,
+    copy,
+    dashboard,
+    delete_study,
+    export,
+    info,
+    repair,
+    serve,
+    stale,
+    upgrade,
+    watch,
+)
 
 _EPILOG = (
     "Exit codes: 0 done, 1 something was found (check, stale, copy --verify), 2 wrong usage, "
@@ -28,4 +42,11 @@ app.command("repair")(repair.repair)
 app.command("copy")(copy.copy)
 app.command("export")(export.export)
 app.command("import")(export.import_)
+app.command("upgrade")(upgrade.upgrade)
+app.command("compact")(compact.compact)
+app.command("stale")(stale.stale)
+app.command("serve")(serve.serve)
+app.command("watch")(watch.watch)
+app.command("dashboard")(dashboard.dashboard)
+app.command("bench")(bench.bench)
 app.command("delete-study")(delete_study.delete_study)

@@ -1255,9 +1255,11 @@ class RedisLog(BaseJournalBackend):
     # --- Entries and Inspectable -------------------------------------------------------------
 
     def entries(self) -> Iterator[Entry]:
-        """See ``Entries``."""
+        """See ``Entries``; of a trimmed journal those that are left."""
+        cursor = self.load_base().cursor
+        first = 0 if cursor is START else _Position(*cursor).number
         last = self._ask(self._last_number)
-        for begin in range(0, last + 1, _CHUNK_RECORDS):
+        for begin in range(first, last + 1, _CHUNK_RECORDS):
             numbers = range(begin, min(begin + _CHUNK_RECORDS, last + 1))
             with self._mutex:
                 lines = self._get(numbers)

@@ -1,0 +1,43 @@
+"""``trialstore compact``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trialstore.cli.output import Exit, Json, Url, command, fail, print_json, stdout
+from trialstore.cli.stores import existing_log
+from trialstore.compaction import compact as compact_log, trim as trim_log
+from trialstore.logs.file import FileLog
+from trialstore.logs.redis import RedisLog
+
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Although plain Optuna wrote to it. Stop those workers first."),
+]
+Trim = Annotated[
+    bool,
+    typer.Option("--trim", help="Leave a snapshot only; no plain Optuna can open it any more."),
+]
+
+
+@command
+def compact(
+    url: Url, force: Force = False, trim: Trim = False, as_json: Json = False
+) -> Exit | None:
+    """Let a journal say the same in fewer records; workers of trialstore go on meanwhile."""
+    with existing_log(url) as log:
+        if trim:
+            if not isinstance(log, RedisLog):
+                fail("Only a journal in Redis can be trimmed.")
+            done = trim_log(log, force=force)
+        else:
+            if not isinstance(log, RedisLog | FileLog):
+                fail("Only journals can be compacted.")
+            done = compact_log(log, force=force)
+    if as_json:
+        print_json({"n_records": done.n_records, "n_kept": done.n_kept})
+    else:
+        stdout.print(f"{done.n_records} records became {done.n_kept}.")
+    return None

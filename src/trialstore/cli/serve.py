@@ -1,0 +1,66 @@
+"""``trialstore serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trialstore.cli.output import Exit, Url, command, stderr
+from trialstore.urls import get_storage
+
+Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+Port = Annotated[int, typer.Option("--port", help="Port to listen on.")]
+Certificate = Annotated[
+    Path | None, typer.Option("--certificate", help="PEM certificate; with --key, TLS.")
+]
+Key = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
+ClientCa = Annotated[
+    Path | None, typer.Option("--client-ca", help="Clients need a certificate signed by these.")
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="Clients must show the token in it."),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option("--allow-insecure", help="Let strangers in: neither TLS nor token."),
+]
+
+
+@command
+def serve(
+    url: Url,
+    host: Host = "localhost",
+    port: Port = 13000,
+    certificate: Certificate = None,
+    key: Key = None,
+    client_ca: ClientCa = None,
+    token_file: TokenFile = None,
+    allow_insecure: Insecure = False,
+) -> Exit | None:
+    """Serve a store over gRPC, to GrpcStorageProxy of trialstore and of Optuna.
+
+    The token may also be in the environment, as TRIALSTORE_GRPC_TOKEN. SIGTERM and Ctrl-C let
+    running calls end.
+    """
+    from trialstore.grpc import run_grpc_proxy_server
+
+    storage = get_storage(url)
+    stderr.print(f"Serving at {host}:{port}.", markup=False)
+    run_grpc_proxy_server(
+        storage,
+        host=host,
+        port=port,
+        certificate_file=_path(certificate),
+        key_file=_path(key),
+        client_ca_file=_path(client_ca),
+        token_file=_path(token_file),
+        allow_insecure=allow_insecure,
+    )
+    return None
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
