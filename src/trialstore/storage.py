@@ -650,8 +650,14 @@ class Storage(BaseStorage, BaseHeartbeat):
             self._clock.sleep(2 * self._linger_s)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
+        trial = self._trial(trial_id)
+        # Not before: this very read may have carried what is rejected, and study.optimize reads a
+        # trial that it could not tell once more, and must get an answer then.
+        self._exchanger.raise_rejected(trial_id)
+        return trial
+
+    def _trial(self, trial_id: int) -> FrozenTrial:
         exchanger = self._exchanger
-        exchanger.raise_rejected(trial_id)
         with exchanger.mutex:
             just_made = self._fresh.pop(trial_id, None) == exchanger.n_exchanges
             if just_made and self._owns(trial_id):
