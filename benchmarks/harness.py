@@ -31,7 +31,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 import trialstore
-from trialstore import records as r
+from trialstore import records as r, snapshot
 from trialstore.log import NOTHING
 
 OURS: Final = "trialstore"
@@ -189,6 +189,15 @@ def fill_in_bulk(
                 rows.append(body(exchanger.marks()))
         exchanger.run(rows, NOTHING)
     return name
+
+
+def save_snapshot(storage: trialstore.JournalStorage) -> None:
+    """Leave a snapshot of all that is in a journal beside it."""
+    exchanger = storage._exchanger
+    if exchanger._saver is not None:
+        exchanger._saver.join()
+    image = snapshot.dump(exchanger.replica, exchanger._cursor, 0)
+    assert exchanger.log.save_snapshot(lambda: (image, exchanger._cursor))
 
 
 def _life(

@@ -13,7 +13,6 @@ import time
 from benchmarks import harness
 from benchmarks.harness import OURS, Report, Row
 from benchmarks.memory import resident_bytes
-from trialstore import snapshot
 
 
 def main() -> int:
@@ -52,12 +51,7 @@ def fill(folder: Path, n_studies: int, n_trials: int) -> list[str]:
     """The names of studies whose trials are in the journal, and in a snapshot beside it."""
     storage = harness.open_storage(OURS, "journal", folder)
     names = [harness.fill_in_bulk(storage, n_trials) for _ in range(n_studies)]
-    exchanger = storage._exchanger
-    if exchanger._saver is not None:
-        exchanger._saver.join()
-    image = snapshot.dump(exchanger.replica, exchanger._cursor, 0)
-    assert exchanger.log.save_snapshot(lambda: (image, exchanger._cursor))
-    storage.close()
+    harness.save_snapshot(storage)
     return names
 
 

@@ -370,6 +370,8 @@ class Exchanger:
                 self._apply(batch.news, (), [])
                 self._cursor = batch.cursor
                 self.n_exchanges += 1
+        if self._saver is not None:
+            self._saver.save_if_due()
         ends = itertools.accumulate(map(len, parts))
         return [outcomes[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
 

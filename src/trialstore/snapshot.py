@@ -35,7 +35,7 @@ from trialstore.replica import Replica
 
 _logger = logging.getLogger("trialstore")
 
-_MANY_RECORDS: Final = 10_000  # below this the collector's passes cost nothing
+_MANY_RECORDS: Final = 500  # below this the collector's passes cost nothing
 
 _MAGIC: Final = b"\xfftssnap\x01"
 _PREFIX_LEN: Final = len(_MAGIC) + 8
@@ -310,8 +310,15 @@ class Saver:
         self._thread: threading.Thread | None = None
 
     def note(self, n_records: int) -> None:
-        """So many more records came in; begins to save if that makes it due."""
+        """So many more records came in."""
         self._n_since += n_records
+
+    def save_if_due(self) -> None:
+        """Begin to save, unless it is too early or under way.
+
+        Not to be called in the middle of opening a journal: both would take turns, and what the
+        thread builds and gives back would lie between what stays.
+        """
         if self._is_due(self._n_since) and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(
                 target=self._save, name="trialstore-snapshot", daemon=True
