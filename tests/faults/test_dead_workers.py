@@ -1,396 +1,164 @@
-"""Workers that are killed or stopped, on every log that processes share: nothing is lost, nothing
-is done twice, and no clock but the log's is looked at.
+"""Real workers that are killed, stopped or just slow, on every server, with clocks hours apart.
+
+Nothing waits for a lease to expire: the test makes the leases in the store look older, and then
+waits until those who live have said so again.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-import contextlib
-from datetime import datetime, timedelta
-import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
 import os
 from pathlib import Path
-import random
-import shutil
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
-import warnings
 
 import optuna
-from optuna.study import StudyDirection
-from optuna.trial import TrialState
 import pytest
 
 from ageing import age_leases
-from backends import Backend, params
+from faults.beating_worker import GRACE_S, open_storage
+from redis_servers import new_prefix, shared_cluster
+from servers import new_database, shared_redis
 import trialstore
-from trialstore import records, stale
 from trialstore.storage import Storage
-from trialstore.testing.clock import ManualClock
-from trialstore.testing.storage_suite import OpenStorage
-from trialstore.testing.suites.base import run_threads
 
-_DEADLINE_S = 120.0
-_LOGS = ("journal-file", "sqlite-file", "journal-redis", "postgresql-psycopg", "mariadb-pymysql")
-_GRACE_S = 60
-_LONG_S = 1000.0
-_fork = multiprocessing.get_context("fork")
-_States = TrialState
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork."),
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
-]
+_WORKER = Path(__file__).parent / "beating_worker.py"
+_DEADLINE_S = 60.0
+_HOUR_S = 3600
+
+_SERVERS = ("psycopg", "pymysql", "redis", "redis-cluster")
+_KINDS = ["sqlite", *(pytest.param(kind, marks=pytest.mark.servers) for kind in _SERVERS)]
 
 
-@pytest.fixture(params=params(lambda backend: backend.name in _LOGS))
-def open_storage(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStorage:
-    backend: Backend = request.param
-    return backend.prepare(tmp_path)
+class Worker:
+    """A process of ``beating_worker.py``."""
+
+    def __init__(self, kind: str, address: Sequence[str], shift_s: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(_WORKER), kind, *address, "s", str(shift_s)],
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def finish(self) -> str:
+        """Let it tell, and what it says of that."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go on\n")
+        self.process.stdin.flush()
+        return self.line()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 @pytest.fixture
-def many(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """How many: the first number, or the second with --soak."""
-    soak = request.config.getoption("--soak")
-    return lambda few, all_of_them: all_of_them if soak else few
+def start() -> Iterator[Callable[..., Worker]]:
+    workers: list[Worker] = []
 
+    def start_one(*arguments: Any) -> Worker:
+        workers.append(Worker(*arguments))
+        return workers[-1]
 
-@pytest.fixture
-def storage(open_storage: OpenStorage) -> Iterator[Storage]:
-    """One that beats by a clock that stands still: time passes for it by ageing only."""
-    storage = _beating(open_storage, clock=ManualClock())
-    storage.create_new_study([StudyDirection.MINIMIZE], "study")
-    with contextlib.closing(storage):
-        yield storage
-
-
-def _beating(open_storage: OpenStorage, **options: Any) -> Storage:
-    storage = open_storage(**options)
-    storage.heartbeat_interval = 1
-    storage.grace_period = _GRACE_S
-    storage.heartbeat_stale_trial_callback = trialstore.RetryFailedTrialCallback()
-    return storage
-
-
-def _load(storage: Storage) -> optuna.Study:
-    return optuna.load_study(
-        study_name="study", storage=storage, sampler=optuna.samplers.RandomSampler()
-    )
-
-
-def _trials(storage: Storage) -> list[optuna.trial.FrozenTrial]:
-    return storage.get_all_trials(storage.get_study_id_from_name("study"))
-
-
-def _start(work: Callable[..., Any], *args: Any) -> Any:
-    """A child that imports nothing anew; it ends at the latest with this process."""
-    process = _fork.Process(target=work, args=args, daemon=True)
-    process.start()
-    return process
-
-
-def _assert_retried_once(trials: list[optuna.trial.FrozenTrial], lost: set[int]) -> None:
-    failed = {trial.number for trial in trials if trial.state == _States.FAIL}
-    assert failed == lost, "exactly those of dead workers were failed"
-    retries = Counter(
-        trial.system_attrs["retry_history"][-1]
-        for trial in trials
-        if "retry_history" in trial.system_attrs
-    )
-    assert retries == dict.fromkeys(lost, 1), "and each was retried once"
-
-
-# --- killed workers ------------------------------------------------------------------------------
-
-
-def _work(open_storage: OpenStorage, number: int, stop: Any) -> None:
-    """Half of them optimize, half ask and tell; each with a wall clock of its own."""
-    warnings.simplefilter("ignore")
-    ahead = timedelta(hours=number % 3 - 1)
-    records.now_text = lambda: records.format_time(datetime.now() + ahead)
-    real_time = time.time
-    time.time = lambda: real_time() + ahead.total_seconds()
-    with contextlib.closing(_beating(open_storage)) as storage:
-        study = _load(storage)
-        while not stop.is_set():
-            if number % 2:
-                study.optimize(_objective, n_trials=2)
-            else:
-                trial = study.ask()
-                study.tell(trial, _objective(trial))
-
-
-def _objective(trial: optuna.Trial) -> float:
-    x = trial.suggest_float("x", 0.0, 1.0)
-    time.sleep(random.uniform(0.0, 0.01))
-    return x
-
-
-def test_what_killed_workers_ran_is_retried_once(
-    open_storage: OpenStorage, storage: Storage, many: Callable[[int, int], int]
-) -> None:
-    n_workers, rng = many(6, 20), random.Random(1)
-    stop = _fork.Event()
-    workers = [_start(_work, open_storage, number, stop) for number in range(n_workers)]
-    _until(lambda: len(_trials(storage)) > 2 * n_workers)
-    for worker in workers[: n_workers // 2]:
-        time.sleep(rng.uniform(0.0, 0.05))
-        os.kill(worker.pid, signal.SIGKILL)
-    n_then = len(_trials(storage))
-    _until(lambda: len(_trials(storage)) > n_then + n_workers)
-    stop.set()
+    yield start_one
     for worker in workers:
-        worker.join(_DEADLINE_S)
-    assert [worker.exitcode for worker in workers[n_workers // 2 :]] == [0] * (
-        n_workers - n_workers // 2
-    )
-    lost = {trial.number for trial in _trials(storage) if trial.state == _States.RUNNING}
-    assert len(lost) <= n_workers // 2
-    assert _counts(storage)["FAIL"] == 0, "living workers were left alone"
-    age_leases(storage, _LONG_S)
-    reapers = [_beating(open_storage, clock=ManualClock()) for _ in range(3)]
-    run_threads(*(reaper.fail_stale_trials for reaper in reapers))
-    _assert_retried_once(_trials(storage), lost)
-    for reaper in reapers:
-        reaper.close()
+        worker.end()
 
 
-@pytest.mark.soak
-def test_by_real_time_no_running_trial_is_left_without_an_owner(
-    open_storage: OpenStorage, storage: Storage
+def _address(kind: str, folder: Path) -> tuple[str, str]:
+    if kind == "redis":
+        return shared_redis().url, new_prefix()
+    if kind == "redis-cluster":
+        return shared_cluster().url, new_prefix("cluster-p%d")
+    return new_database(kind, folder), ""
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_dead_are_found_and_the_living_are_left_alone(
+    kind: str, tmp_path: Path, start: Callable[..., Worker]
 ) -> None:
-    """20 workers and 10 kills as above, but by the leases as they expire."""
+    address = _address(kind, tmp_path)
+    retry = trialstore.RetryFailedTrialCallback(max_retry=1)
+    ours = open_storage("ask", *address, heartbeat_stale_trial_callback=retry)
+    study = optuna.create_study(study_name="s", storage=ours)
+    workers = {
+        "killed": start("ask", address, -_HOUR_S),
+        "stopped": start("optimize", address, _HOUR_S),
+        "living": start("ask", address, _HOUR_S),
+        "living too": start("optimize", address, -_HOUR_S),
+    }
+    first, fail = study, trialstore.fail_stale_trials
+    if not kind.startswith("redis"):
+        workers["Optuna's, killed"] = start("optuna", address, _HOUR_S)
+        workers["Optuna's, living"] = start("optuna", address, -_HOUR_S)
+        # Optuna's own storage with Optuna's own callback finds and retries our dead.
+        theirs = open_storage("optuna", *address, heartbeat_stale_trial_callback=_optunas_retry())
+        first, fail = optuna.load_study(study_name="s", storage=theirs), _optunas_fail
+    ids = {name: int(worker.line()) for name, worker in workers.items()}
 
-    def beating(**options: Any) -> Storage:
-        opened = _beating(open_storage, **options)
-        opened.grace_period = 8
-        return opened
+    workers["killed"].process.kill()
+    age_leases(ours, 2.0 * GRACE_S)
+    _wait_until(lambda: _stale(ours, study) == [ids["killed"]])
+    fail(first)
+    fail(study)
 
-    stop, rng = _fork.Event(), random.Random(2)
-    workers = [_start(_work_by, beating, number, stop) for number in range(20)]
-    _until(lambda: len(_trials(storage)) > 40)
-    for worker in workers[:10]:
-        time.sleep(rng.uniform(0.0, 0.2))
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.join()
-    lost_at = time.monotonic()
-    seen = {trial.number: trial for trial in _trials(storage) if trial.state == _States.RUNNING}
-    time.sleep(8 + 1 + 1)
-    running = {trial.number for trial in _trials(storage) if trial.state == _States.RUNNING}
-    print(f"{len(seen & running)} of {len(seen)} after {time.monotonic() - lost_at:.1f} s")
-    stop.set()
-    for worker in workers:
-        worker.join(_DEADLINE_S)
-    trials = _trials(storage)
-    assert not [trial for trial in trials if trial.state == _States.RUNNING]
-    lost = {trial.number for trial in trials if trial.state == _States.FAIL}
-    assert lost <= seen.keys() and len(lost) <= 10
-    _assert_retried_once(trials, lost)
+    # And ours finds and retries Optuna's.
+    dead = [name for name in workers if "killed" in name or name == "stopped"]
+    for name in dead:
+        how = signal.SIGSTOP if name == "stopped" else signal.SIGKILL
+        workers[name].process.send_signal(how)
+    age_leases(ours, 2.0 * GRACE_S)
+    expected = sorted(ids[name] for name in dead)
+    _wait_until(lambda: _stale(ours, study) == [one for one in expected if one != ids["killed"]])
+    fail(study)
+    fail(first)
 
+    workers["stopped"].process.send_signal(signal.SIGCONT)
+    said = {name: worker.finish() for name, worker in workers.items() if name not in dead}
+    assert set(said.values()) == {"told"}
+    assert workers["stopped"].finish().startswith(("UpdateFinishedTrialError", "ValueError"))
 
-def _work_by(beating: Callable[[], Storage], number: int, stop: Any) -> None:
-    _work(lambda: beating(), number, stop)
-
-
-# --- a stopped worker ----------------------------------------------------------------------------
-
-
-def _run_long(open_storage: OpenStorage, running: Any, go_on: Any, told: Any) -> None:
-    warnings.simplefilter("ignore")
-    storage = _beating(open_storage)
-    study = _load(storage)
-
-    def objective(trial: optuna.Trial) -> float:
-        trial.suggest_float("x", 0.0, 1.0)
-        storage.flush()
-        running.set()
-        go_on.wait(_DEADLINE_S)
-        trial.set_user_attr("late", True)
-        return -1.0
-
-    try:
-        study.optimize(objective, n_trials=1)
-        told.put("nothing was raised")
-    except Exception as error:
-        # Optuna 5 itself stumbles over a trial that was failed while its objective returned a
-        # value: an AssertionError, in the course of reporting the error below.
-        cause = error.__context__ if isinstance(error, AssertionError) else error
-        told.put(type(cause).__name__)
+    trials = study.get_trials()
+    states = {trial._trial_id: trial.state.name for trial in trials}
+    assert {name: states[ids[name]] for name in ids} == {
+        name: "FAIL" if name in dead else "COMPLETE" for name in ids
+    }
+    retries = [trial for trial in trials if trial.state.name == "WAITING"]
+    assert len(trials) == len(ids) + len(retries)
+    of = {trial.number: trial._trial_id for trial in trials}
+    histories = [trial.system_attrs["retry_history"] for trial in retries]
+    assert sorted(of[number] for (number,) in histories) == expected
+    assert all(trial.values is None for trial in trials if trial.state.name == "FAIL")
+    ours.close()
 
 
-def test_a_worker_that_was_stopped_past_its_lease_changes_nothing(
-    open_storage: OpenStorage, storage: Storage
-) -> None:
-    running, go_on, told = _fork.Event(), _fork.Event(), _fork.Queue()
-    worker = _start(_run_long, open_storage, running, go_on, told)
-    assert running.wait(_DEADLINE_S)
-    os.kill(worker.pid, signal.SIGSTOP)
-    age_leases(storage, _LONG_S)
-    study = _load(storage)
-    study.optimize(lambda trial: 1.0 + trial.suggest_float("x", 0.0, 1.0), n_trials=1)
-    os.kill(worker.pid, signal.SIGCONT)
-    go_on.set()
-    # Its write is refused, or tell finds a trial that is not running.
-    assert told.get(timeout=_DEADLINE_S) in ("UpdateFinishedTrialError", "ValueError")
-    worker.join(_DEADLINE_S)
-    failed, retried = _trials(storage)
-    assert (failed.state, failed.values, failed.user_attrs) == (_States.FAIL, None, {})
-    assert retried.state == _States.COMPLETE and study.best_trial.number == retried.number
+def _stale(storage: Storage, study: optuna.Study) -> list[int]:
+    """Who is held for dead, without doing anything about it."""
+    return sorted(storage._find_stale(study._study_id))
 
 
-# --- killed reapers ------------------------------------------------------------------------------
+def _optunas_retry() -> Any:
+    new = getattr(optuna.storages, "RetryHeartbeatStaleTrialCallback", None)
+    return (new or optuna.storages.RetryFailedTrialCallback)(max_retry=1)
 
 
-def _lose(storage: Storage, n_trials: int) -> dict[int, str]:
-    """RUNNING trials of a dead worker."""
-    study_id = storage.get_study_id_from_name("study")
-    for _ in range(n_trials):
-        storage.create_new_trial(study_id)
-    age_leases(storage, _LONG_S)
-    return stale.find(storage._exchanger, study_id, _GRACE_S)
+def _optunas_fail(study: optuna.Study) -> None:
+    optuna.storages.fail_stale_trials(study)
 
 
-def _reap_one_by_one(open_storage: OpenStorage, lost: dict[int, str], ready: Any) -> None:
-    storage = _beating(open_storage)
-    study_id = storage.get_study_id_from_name("study")
-    ready.set()
-    for trial_id, owner in lost.items():
-        storage._fail_stale(study_id, {trial_id: owner})
-
-
-def test_a_reaper_killed_at_any_moment_leaves_one_retry_each(
-    open_storage: OpenStorage, storage: Storage
-) -> None:
-    lost, rng = _lose(storage, 60), random.Random(3)
-    for _ in range(50):
-        ready = _fork.Event()
-        # The last one first: what a reaper did before it was killed the next one need not do.
-        reaper = _start(_reap_one_by_one, open_storage, lost, ready)
-        assert ready.wait(_DEADLINE_S)
-        time.sleep(rng.uniform(0.0, 0.01))
-        os.kill(reaper.pid, signal.SIGKILL)
-        reaper.join(_DEADLINE_S)
-    with contextlib.closing(_beating(open_storage)) as last:
-        last.fail_stale_trials()
-    _assert_retried_once(_trials(storage), set(range(60)))
-
-
-def test_a_batch_torn_at_any_byte_is_made_whole_by_the_next_reaper(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-
-    def opened(at: Path) -> Storage:
-        def open_storage(**options: Any) -> Storage:
-            backend = trialstore.journal.JournalFileBackend(str(at), durability="process")
-            return trialstore.JournalStorage(backend, **options)
-
-        return _beating(open_storage, clock=ManualClock())
-
-    worker = opened(path)
-    worker.create_new_study([StudyDirection.MINIMIZE], "study")
-    trial_id = worker.create_new_trial(0)
-    worker.set_trial_user_attr(trial_id, "k", "v")
-    worker.flush()
-    age_leases(worker, _LONG_S)
-    before = path.read_bytes()
-    assert opened(path).fail_stale_trials() == [trial_id]
-    batch = path.read_bytes()[len(before) :]
-    assert batch.count(b"\n") == 2
-    for cut in range(0, len(batch), len(batch) // 50):
-        torn = tmp_path / f"cut at {cut}"
-        torn.write_bytes(before + batch[:cut])
-        shutil.copytree(f"{path}.beats", f"{torn}.beats")
-        storage = opened(torn)
-        for _ in range(2):
-            storage.fail_stale_trials()
-        assert [trial.state.name for trial in _trials(storage)] == ["FAIL", "WAITING"], cut
-        _assert_retried_once(_trials(storage), {0})
-
-
-# --- the queue and the budget --------------------------------------------------------------------
-
-
-def _pop_all(open_storage: OpenStorage, barrier: Any, popped: Any) -> None:
-    study = _load(open_storage())
-    barrier.wait(_DEADLINE_S)
-    found = []
-    while (trial_id := study._pop_waiting_trial_id()) is not None:
-        found.append(trial_id)
-    popped.put(found)
-
-
-def test_every_queued_trial_runs_once(
-    open_storage: OpenStorage, storage: Storage, many: Callable[[int, int], int]
-) -> None:
-    n_trials, n_workers = many(120, 5000), many(6, 16)
-    study = _load(storage)
-    for number in range(n_trials):
-        study.enqueue_trial({"x": number})
-    barrier, popped = _fork.Barrier(n_workers), _fork.Queue()
-    workers = [_start(_pop_all, open_storage, barrier, popped) for _ in range(n_workers)]
-    found = [popped.get(timeout=_DEADLINE_S) for _ in workers]
-    for worker in workers:
-        worker.join(_DEADLINE_S)
-    assert sorted(id_ for ids in found for id_ in ids) == [t._trial_id for t in _trials(storage)]
-
-
-def _enqueue(open_storage: OpenStorage, barrier: Any) -> None:
-    study = _load(open_storage())
-    barrier.wait(_DEADLINE_S)
-    for number in range(4):
-        trialstore.enqueue_trial(study, {"x": number}, skip_if_exists=True)
-
-
-def test_a_dozen_processes_queue_four_sets_of_parameters_once(
-    open_storage: OpenStorage, storage: Storage
-) -> None:
-    barrier = _fork.Barrier(12)
-    workers = [_start(_enqueue, open_storage, barrier) for _ in range(12)]
-    for worker in workers:
-        worker.join(_DEADLINE_S)
-        assert worker.exitcode == 0
-    found = [trial.system_attrs["fixed_params"]["x"] for trial in _trials(storage)]
-    assert sorted(found) == [0, 1, 2, 3]
-
-
-def _spend(open_storage: OpenStorage, n_trials: int) -> None:
-    warnings.simplefilter("ignore")
-    storage = _beating(open_storage)
-    storage.grace_period = 2
-    study = _load(storage)
-    with contextlib.closing(storage):
-        study.optimize(trialstore.MaxTrials(n_trials)(_objective))
-
-
-def test_a_budget_is_met_exactly_by_workers_that_die(
-    open_storage: OpenStorage, storage: Storage, many: Callable[[int, int], int]
-) -> None:
-    """Here time passes by itself; a worker that it passes too fast for is refused, and no harm."""
-    n_trials, n_workers, n_kills = many(30, 500), many(4, 16), many(4, 30)
-    rng = random.Random(4)
-    workers = [_start(_spend, open_storage, n_trials) for _ in range(n_workers)]
-    for killed in range(n_kills):
-        _until(lambda k=killed: _counts(storage)["COMPLETE"] > n_trials * k // (n_kills + 2))  # type: ignore[misc]
-        victim = rng.randrange(n_workers)
-        os.kill(workers[victim].pid, signal.SIGKILL)
-        workers[victim].join(_DEADLINE_S)
-        workers[victim] = _start(_spend, open_storage, n_trials)
-    for worker in workers:
-        worker.join(_DEADLINE_S)
-    with contextlib.closing(_beating(open_storage)) as last:
-        # Whoever was starved and refused left a slot for this one.
-        _load(last).optimize(trialstore.MaxTrials(n_trials)(_objective))
-    assert _counts(storage)["COMPLETE"] == n_trials
-
-
-def _counts(storage: Storage) -> Counter[str]:
-    return Counter(trial.state.name for trial in _trials(storage))
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + _DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)
+def _wait_until(holds: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + _DEADLINE_S
+    while not holds():
+        assert time.monotonic() < give_up_at, "those who live did not beat again"
+        time.sleep(0.05)
