@@ -23,7 +23,7 @@ from servers import new_database
 from trialstore import records as r
 from trialstore.errors import OutcomeUnknownError
 from trialstore.log import NOTHING, Wanted
-from trialstore.logs.relational import TablesLog, tables as t
+from trialstore.logs.relational import TablesLog, reading, tables as t
 from trialstore.records import Outcome, Verdict
 from trialstore.testing.clock import ManualClock
 
@@ -684,3 +684,39 @@ def test_sessions_left_behind_are_removed(kind: str, tmp_path: Path) -> None:
     one.trial(study_id)
     assert sessions() >= {before, one.log._session_id}
     assert one.log._session_id != before
+
+
+def test_a_large_read_comes_in_parts(shared_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "TRIALS_MAX", 3)
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    trials = [one.trial(study_id) for _ in range(7)]
+    one.do(tell(trials[0], 1.0), tell(trials[5], 1.0), param(trials[4], "x"))
+    wanted = Wanted(trials_of=frozenset({study_id}), trials=frozenset({trials[5]}))
+    parts, more = [], True
+    while more:
+        batch = two.log.exchange((), two.cursor, wanted)
+        two.cursor, more = batch.cursor, batch.more
+        parts.append([x.trial_id for x in batch.news if isinstance(x, r.PutTrial)])
+        two.trials |= {x.trial_id: x for x in batch.news if isinstance(x, r.PutTrial)}
+    last = trials[5]
+    held = [trials[1:3], [*trials[1:5]]]
+    assert parts == [[*trials[:3], last], [*held[0], *trials[3:6]], [*held[1], *trials[5:]]]
+    monkeypatch.undo()
+    assert [two.trials[one] for one in trials] == Model(shared_url).read(study_id)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_message_of_many_megabytes(kind: str, tmp_path: Path) -> None:
+    one = Model(new_database(kind, tmp_path))
+    study_id = one.study()
+    trial_id = one.trial(study_id)
+    long = "x" * 60_000
+    attrs = [{f"k{i}": long} for i in range(300)]
+    outcomes = one.do(
+        *[r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr=x) for x in attrs],
+        tell(trial_id, 1.0),
+    )
+    assert set(verdicts(outcomes)) == {"ACCEPTED"}
+    (trial,) = one.read(study_id)
+    assert len(trial.user_attrs) == 300

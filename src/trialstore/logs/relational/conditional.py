@@ -45,6 +45,7 @@ class ConditionalExchange(Exchange):
 
     def __init__(self, log: TablesLog, decide: Decide, before: Studies, wanted: Wanted) -> None:
         super().__init__(log, [], before, wanted)
+        self.splits = False  # what is decided on is the whole truth
         self._decide = decide
 
     def run(self) -> Batch:

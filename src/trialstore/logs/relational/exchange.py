@@ -47,6 +47,11 @@ _KNOWN: Final = "outcomes:"
 """Begins a mark that holds the outcomes themselves, not the facts that they follow from."""
 
 
+_MESSAGE_LENGTH_MAX: Final = 1 << 20
+"""Letters of texts. Servers refuse a longer packet than they are set to take, and hang up; MySQL's
+least default is 4 MiB, and no single column of text there takes more than 64 KiB."""
+
+
 class Exchange:
     """One exchange, from its first attempt to its answer."""
 
@@ -58,6 +63,8 @@ class Exchange:
         self.records = records
         self.before = before
         self.wanted = wanted
+        self.splits = not records
+        """Whether a large answer may come in parts."""
         self.gone: set[int] = set()
         """Followed studies that are not there any more, where ids are used again."""
         self.outcomes: list[Outcome] | None = None
@@ -98,7 +105,12 @@ class Exchange:
             reading = self._write_and_read(session)
         else:
             reading = self._write_stepwise(session)
-        return Batch(outcomes=self.outcomes or [], news=reading.news(), cursor=reading.cursor())
+        return Batch(
+            outcomes=self.outcomes or [],
+            news=reading.news(),
+            cursor=reading.cursor(),
+            more=reading.more,
+        )
 
     # --- the mark ---
 
@@ -227,6 +239,8 @@ class Exchange:
         n_before = len(steps)
         reading = Reading(d, log._decoder, self.before, self.wanted, self._message_written())
         steps += reading.plan()
+        if _text_length(steps) > _MESSAGE_LENGTH_MAX:
+            return self._write_stepwise(session)
         self.sent = self.marked = True
         try:
             answers = session.run(steps)
@@ -396,7 +410,14 @@ class Exchange:
     def _answer(self, session: Session, first: Sequence[Step] = ()) -> Reading:
         """Read what was wanted, in as many plans as it takes; ``first`` goes before all."""
         self.written.deleted += self.gone
-        reading = Reading(self.dialect, self.log._decoder, self.before, self.wanted, self.written)
+        reading = Reading(
+            self.dialect,
+            self.log._decoder,
+            self.before,
+            self.wanted,
+            self.written,
+            splits=self.splits,
+        )
         steps = [*first, *reading.plan()]
         if steps:
             reading.take(session.run(steps)[len(first) :])
@@ -451,6 +472,10 @@ class Exchange:
 
 
 # --- statements of a record ----------------------------------------------------------------------
+
+
+def _text_length(steps: Sequence[Step]) -> int:
+    return sum(len(arg) for step in steps for arg in step.args if isinstance(arg, str))
 
 
 def _segments(records: list[Operation]) -> list[list[Operation]]:

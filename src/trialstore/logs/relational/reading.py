@@ -38,6 +38,9 @@ from trialstore.records import (
 
 _UNKNOWN: Final = StudyCursor("", b"", ())
 
+TRIALS_MAX: Final = 5_000
+"""New trials of a study in one answer: some 20 MB of rows, most of a second."""
+
 
 class Written(msgspec.Struct):
     """What the writing part of an exchange did that the reading part has to answer for.
@@ -64,13 +67,23 @@ class Reading:
     """One reading: ``plan``, run the steps, ``take`` the answers, until ``plan`` is empty."""
 
     def __init__(
-        self, dialect: Dialect, decoder: Decoder, before: Studies, wanted: Wanted, wrote: Written
+        self,
+        dialect: Dialect,
+        decoder: Decoder,
+        before: Studies,
+        wanted: Wanted,
+        wrote: Written,
+        *,
+        splits: bool = False,
     ) -> None:
         self._dialect = dialect
         self._decoder = decoder
         self._after: Studies = dict(before)
         self._wanted = wanted
         self._wrote = wrote
+        self._splits = splits
+        self.more = False
+        """Whether there are more new trials than one answer should hold."""
         self._gone: list[int] = []
         self._put_studies: dict[int, PutStudy] = {}
         self._put_trials: dict[int, PutTrial] = {}
@@ -98,8 +111,11 @@ class Reading:
         trials.sort(key=lambda x: (x.study_id, x.trial_id))
         gone = [DeleteStudy(worker_id="", study_id=one) for one in self._gone]
         params = [x for x in self._put_params if x.study_id in self._after]
-        for study_id in self._wanted.trials_of:
-            params += first_params(x for x in trials if x.study_id == study_id)
+        for study_id in self._wanted.trials_of & self._after.keys():
+            all_id = self._after[study_id].all_id
+            params += first_params(
+                x for x in trials if x.study_id == study_id and x.trial_id <= all_id
+            )
         return [*gone, *self._put_studies.values(), *trials, *params]
 
     def cursor(self) -> Studies:
@@ -207,6 +223,8 @@ class Reading:
                 queued.append((study_id, known.seen_id))
                 turned |= set(known.held)
         args: dict[str, Any] = {"session": self._wrote.session}
+        if self._splits:
+            args["others"] = TRIALS_MAX - 1
         for i, (study_id, low) in enumerate(above):
             args[f"above_study_{i}"], args[f"above_{i}"] = study_id, low
         for i, (study_id, low) in enumerate(queued):
@@ -220,6 +238,7 @@ class Reading:
         shape = s.Selection(
             ids=s.pad("id", sorted(ids), args),
             above=len(above),
+            bounded=self._splits and bool(above),
             within=s.pad_ranges("within", within, args),
             left=s.pad_ranges("left", left, args),
             queued=len(queued),
@@ -303,8 +322,13 @@ class Reading:
         held = set(known.held)
         if images:
             last_id = max(last_id, max(x.trial_id for x in images))
-        if study_id in self._wanted.trials_of and images:
-            all_id = max(all_id, max(x.trial_id for x in images))
+        if study_id in self._wanted.trials_of:
+            new = sorted(x.trial_id for x in images if x.trial_id > all_id)
+            if self._splits and len(new) >= TRIALS_MAX:
+                # Those beyond, if there are any, came for other reasons.
+                del new[TRIALS_MAX:]
+                self.more = True
+            all_id = new[-1] if new else all_id
         seen_id = max(seen_id, all_id)
         if watched is not None:
             state_of = {row[0]: row[1] for row in watched if row[1] is not None}

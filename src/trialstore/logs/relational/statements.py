@@ -40,6 +40,7 @@ _WAITING: Any = sa.literal_column("'WAITING'")
 _RUNNING: Any = sa.literal_column("'RUNNING'")
 _ZERO: Any = sa.literal_column("0")
 _ONE: Any = sa.literal_column("1")
+_ID_MAX: Any = sa.literal_column(str(2**63 - 1))
 _UNFINISHED: Final = ("RUNNING", "WAITING")
 
 
@@ -490,6 +491,8 @@ class Selection(NamedTuple):
     """Trials by id."""
     above: int = 0
     """All trials of a study above an id."""
+    bounded: bool = False
+    """Of those above, the oldest only, and as many others as ``others``."""
     within: int = 0
     """Those of a range of ids in a study."""
     left: int = 0
@@ -504,17 +507,24 @@ class Selection(NamedTuple):
     """The trials that the session's last exchange created in a study."""
 
 
+def _above(i: int, bounded: bool) -> Any:
+    c, study_id, low = t.trials.c, _p(f"above_study_{i}"), _p(f"above_{i}")
+    condition = sa.and_(c.study_id == study_id, c.trial_id > low)
+    if not bounded:
+        return condition
+    b = t.trials.alias().c
+    last = _select(b.trial_id).where(b.study_id == study_id, b.trial_id > low)
+    last = last.order_by(b.trial_id).limit(_ONE).offset(_p("others")).scalar_subquery()
+    return sa.and_(condition, c.trial_id <= sa.func.coalesce(last, _ID_MAX))
+
+
 def _selected(d: Dialect, n: Selection) -> Any:
     c = t.trials.c
     branches: list[Any] = []
     if n.ids:
         branches.append(_select(c.trial_id).where(c.trial_id.in_(_params("id", n.ids))))
     for i in range(n.above):
-        branches.append(
-            _select(c.trial_id).where(
-                c.study_id == _p(f"above_study_{i}"), c.trial_id > _p(f"above_{i}")
-            )
-        )
+        branches.append(_select(c.trial_id).where(_above(i, n.bounded)))
     for i in range(n.within):
         branches.append(_select(c.trial_id).where(_in_range("within", i)))
     for i in range(n.left):
@@ -572,15 +582,12 @@ def trials_selected(d: Dialect, n: Selection) -> Any:
 
     def of(table: Any, *columns: Any) -> Any:
         query = _select(*columns)
-        c = t.trials.c
         if chosen is not None:
             return query.select_from(chosen.join(table, table.c.trial_id == chosen.c.trial_id))
-        condition = (c.study_id == _p("above_study_0"), c.trial_id > _p("above_0"))
-        if table is t.trials:
-            return query.where(*condition)
-        return query.select_from(table.join(t.trials, c.trial_id == table.c.trial_id)).where(
-            *condition
-        )
+        if table is not t.trials:
+            same = t.trials.c.trial_id == table.c.trial_id
+            query = query.select_from(table.join(t.trials, same))
+        return query.where(_above(0, n.bounded))
 
     def kind(number: int) -> Any:
         return sa.literal_column(str(number)).label("kind")
