@@ -96,6 +96,39 @@ def test_our_client_and_a_stock_one_work_on_a_stock_server() -> None:
         assert [len(trial.params) for trial in study.trials] == [3] * 5 + [1] * 5 + [3] * 5
 
 
+_FORKING = """
+import sys
+import grpc
+if sys.argv[2] == "with a channel":
+    channel = grpc.insecure_channel(f"localhost:{sys.argv[1]}")
+    grpc.channel_ready_future(channel).result(60)
+import multiprocessing
+import optuna
+import trialstore
+storage = trialstore.GrpcStorageProxy(port=int(sys.argv[1]))
+study_id = storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], "s")
+context = multiprocessing.get_context("fork")
+for _ in range(3):
+    child = context.Process(target=storage.create_new_trial, args=(study_id,))
+    child.start()
+    storage.create_new_trial(study_id)
+    child.join()
+    assert child.exitcode == 0
+assert len(storage.get_all_trials(study_id)) == 6
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["imported", "with a channel"])
+def test_parent_and_child_go_on_though_grpc_was_there_before_us(how: str, tmp_path: Path) -> None:
+    """gRPC has to be told of forks before it begins, which importing us would have done."""
+    port = serve(served_url("journal", tmp_path))
+    environment = {name: value for name, value in os.environ.items() if "FORK" not in name}
+    subprocess.run(
+        [sys.executable, "-c", _FORKING, str(port), how], check=True, timeout=240, env=environment
+    )
+
+
 def test_both_packages_messages_live_in_one_process() -> None:
     """They have the same names, and protobuf's default pool has each name once."""
     from optuna.storages._grpc.auto_generated import api_pb2

@@ -348,7 +348,8 @@ class GrpcLog:
         compares anything.
         """
         batch = self.exchange((), cursor, wanted)
-        expected = b""
+        expected = payload.digest_of_payloads(())
+        give_up_at = self._clock.now_s() + self._retry_deadline_s
         while True:
             records = list(decide(batch.news, batch.cursor))
             if not records:
@@ -363,6 +364,11 @@ class GrpcLog:
             batch = self._batch(reply, request, records, wanted)
             if not reply.refused:
                 return batch
+            if self._clock.now_s() > give_up_at:
+                raise LogUnavailableError(
+                    f"{self!r}: for {self._retry_deadline_s} s somebody else always came between; "
+                    "nothing was stored, the call may be made again."
+                )
 
     # --- LeaseStore ------------------------------------------------------------------------------
 

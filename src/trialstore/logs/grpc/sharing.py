@@ -708,12 +708,15 @@ def _covered(log: Log, request: Request) -> Iterator[None]:
 def _exchange_if(log: Log, request: Request, cursor: Cursor, wanted: Wanted) -> Answer:
     """Images of what is RUNNING come again with each answer, changed or not: the news are compared
     as a whole with those that the client has decided on."""
-    told: Batch | None = None
+    told: list[Packed] = []
+    end, refused = cursor, False
 
     def decide(news: Sequence[Record], after: Cursor) -> Sequence[AnyOperation]:
-        nonlocal told
-        told = Batch((), news if told is None else [*told.news, *news], after)
-        return request.records if digest(pack(told.news)) == request.expected else ()
+        nonlocal end, refused
+        packed = pack(news)
+        told.extend(packed)
+        end, refused = after, refused or digest(packed) != request.expected
+        return () if refused else request.records
 
     if isinstance(log, ConditionalLog):
         batch = log.exchange_if(decide, cursor, wanted)
@@ -722,11 +725,9 @@ def _exchange_if(log: Log, request: Request, cursor: Cursor, wanted: Wanted) -> 
         batch = log.exchange((), cursor, wanted)
         if decide(batch.news, batch.cursor):
             batch = log.exchange(request.records, batch.cursor, wanted)
-    assert told is not None
-    if not batch.outcomes:
-        return Answer(pack(told.news), pack_cursor(told.cursor), (), refused=True)
-    news = pack(told.news) + pack(batch.news)
-    return Answer(news, pack_cursor(batch.cursor), batch.outcomes)
+    if refused:
+        return Answer(told, pack_cursor(end), (), refused=True)
+    return Answer(told + pack(batch.news), pack_cursor(batch.cursor), batch.outcomes)
 
 
 def _owed(known: Sequence[tuple[AnyOperation, Outcome]]) -> Wanted:
