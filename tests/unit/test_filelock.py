@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import errno
+import logging
 import os
 from pathlib import Path
 import pickle
@@ -300,6 +301,45 @@ def test_12_break_one_stale_lock_and_one_at_a_time_wins(
     assert (overlap.most, overlap.entered) == (1, 12)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_12_processes_break_one_stale_lock_and_one_evicts_it(kind: Any, path: str) -> None:
+    OptunaSymlinkLock(path).acquire()
+
+    class Evictions(logging.Handler):
+        n = 0
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.n += "evicting" in record.getMessage()
+
+    def work() -> int:
+        """How many it evicted; 100 if somebody else was inside."""
+        evictions = Evictions(logging.WARNING)
+        logging.getLogger("trialstore.logs.filelock").addHandler(evictions)
+        lock = kind(path, grace_period=3)
+        lock.acquire()
+        try:
+            os.close(os.open(path + ".inside", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return 100
+        os.unlink(path + ".inside")  # noqa: PTH108
+        lock.release()
+        return evictions.n
+
+    children = []
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            status = 101
+            try:
+                status = work()
+            finally:
+                os._exit(status)
+        children.append(child)
+    said = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(said) == [0] * 11 + [1]
+    assert not os.path.lexists(path + ".lock")
+
+
 def test_a_claim_that_a_dead_evictor_left_delays_but_does_not_block(path: str) -> None:
     OptunaSymlinkLock(path).acquire()
     seen = os.lstat(path + ".lock")
@@ -467,6 +507,25 @@ def test_where_nothing_works_the_error_says_so(
             lock.acquire()
     lock.acquire()  # and it works again as soon as it can
     lock.release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("call", ["write", "link", "open"])
+def test_a_disk_that_fails_is_told_of_and_leaves_nothing(
+    kind: Any, path: str, call: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    lock = kind(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(LogUnavailableError, match=os.strerror(code)):
+            lock.acquire()
+    assert not os.path.lexists(path + ".lock")
+    lock.acquire()
+    lock.release()
+    assert owner_files(path) == []
 
 
 def test_no_flock_on_this_file_system(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
