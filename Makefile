@@ -51,7 +51,7 @@ $(VENV)/.torch-tried: $(VENV)/.installed
 # The oldest Optuna that is supported, for the fleets of tests/compat.
 $(VENV44)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV44)
-	$(VENV44)/bin/python $(PIP_INSTALL) -c constraints.txt 'optuna==4.4.0' -e '.[grpc,postgres,mysql]'
+	$(VENV44)/bin/python $(PIP_INSTALL) -c constraints.txt 'optuna==4.4.0' -e '.[grpc,postgres,mysql,redis]'
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ from optuna.storages.journal import BaseJournalBackend
 import pytest
 
 from grpc_servers import prepare_grpc
-from redis_servers import new_prefix
+from redis_servers import new_prefix, shared_cluster
 from servers import new_database, shared_redis
 import trialstore
 from trialstore import journal
@@ -106,12 +106,19 @@ def _journal(lock: str) -> Callable[[Path], OpenStorage]:
     return lambda folder: functools.partial(open_journal, str(folder / "journal.log"), lock)
 
 
-def open_redis(url: str, prefix: str, **options: Any) -> Storage:
-    return trialstore.JournalStorage(journal.JournalRedisBackend(url, prefix=prefix), **options)
+def open_redis(url: str, use_cluster: bool, prefix: str, **options: Any) -> Storage:
+    backend = journal.JournalRedisBackend(url, use_cluster, prefix)
+    return trialstore.JournalStorage(backend, **options)
 
 
 def _redis(folder: Path) -> OpenStorage:
-    return functools.partial(open_redis, shared_redis().url, new_prefix())
+    return functools.partial(open_redis, shared_redis().url, False, new_prefix())
+
+
+def _redis_cluster(pattern: str) -> Callable[[Path], OpenStorage]:
+    return lambda folder: functools.partial(
+        open_redis, shared_cluster().url, True, new_prefix(pattern)
+    )
 
 
 def _tables(kind: str) -> Callable[[Path], OpenStorage]:
@@ -162,6 +169,8 @@ BACKENDS = [
 
 SERVER_BACKENDS = [
     Backend("journal-redis", _redis, _JOURNAL, True, _SERVERS),
+    Backend("journal-redis-hash-tag", _redis_cluster("{p%d}"), _JOURNAL, True, _SERVERS),
+    Backend("journal-redis-plain-prefix", _redis_cluster("p%d"), _JOURNAL, True, _SERVERS),
     Backend("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, True, _SERVERS),
     Backend("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, True, _SERVERS),
     Backend("mariadb-pymysql", _tables("pymysql"), _MARIADB, True, _SERVERS),

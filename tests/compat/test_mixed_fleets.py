@@ -1,4 +1,4 @@
-"""Plain Optuna workers and ours on one journal file and one database, at the same time."""
+"""Plain Optuna workers and ours on one journal or in one database, at the same time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from compat.environments import finish, has_module, python_with, run, start
-from servers import new_database
+from redis_servers import new_prefix
+from servers import new_database, shared_redis
 
 _N_TRIALS = 300
 _ZONES = {"4.4": "America/New_York", "5.0": "Asia/Kolkata"}
@@ -20,7 +21,8 @@ def version(request: pytest.FixtureRequest) -> str:
     return version
 
 
-_SERVERS = [pytest.param(kind, marks=pytest.mark.servers) for kind in ("psycopg", "pymysql")]
+_PACKAGES = ("redis", "psycopg", "pymysql")  # of the drivers of the same name
+_SERVERS = [pytest.param(kind, marks=pytest.mark.servers) for kind in _PACKAGES]
 
 
 @pytest.fixture(params=["journal", "sqlite", *_SERVERS])
@@ -32,13 +34,15 @@ def store(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def python(version: str, store: str) -> str:
     python = python_with(version)
-    if store in ("psycopg", "pymysql") and not has_module(python, store):
+    if store in _PACKAGES and not has_module(python, store):
         pytest.skip(f"the environment with Optuna {version} has no {store}")
     return python
 
 
 @pytest.fixture
 def url(python: str, store: str, tmp_path: Path) -> str:
+    if store == "redis":
+        return f"{shared_redis().url}#{new_prefix()}"
     return f"journal:{tmp_path / 'log'}" if store == "journal" else new_database(store, tmp_path)
 
 

@@ -1,7 +1,8 @@
 """Run by an interpreter of its own: a worker of plain Optuna or of trialstore, on one store.
 
 ``python workers.py create|optimize|write|tell|dump KIND URL STUDY [NUMBERS]`` where KIND is
-``optuna`` or ``trialstore`` and URL is ``journal:path`` or that of a database. Prints JSON.
+``optuna`` or ``trialstore`` and URL is ``journal:path``, ``redis://host:port#prefix`` or that of a
+database. Prints JSON.
 Imports nothing from the tests, so that any environment with Optuna can run it.
 """
 
@@ -21,19 +22,24 @@ warnings.simplefilter("ignore")
 
 
 def open_storage(kind: str, url: str, **options: Any) -> Any:
-    is_journal, path = url.startswith("journal:"), url.partition(":")[2]
+    is_journal = url.startswith(("journal:", "redis:"))
     if kind == "trialstore":
         import trialstore
 
         if not is_journal:
             return trialstore.RDBStorage(url, **options)
-        backend = trialstore.journal.JournalFileBackend(path)
-        return trialstore.JournalStorage(backend, **options)
+        return trialstore.JournalStorage(_backend(trialstore.journal, url), **options)
     if not is_journal:
         waits = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {}
         return optuna.storages.RDBStorage(url, engine_kwargs=waits)
-    backend = optuna.storages.journal.JournalFileBackend(path)
-    return optuna.storages.JournalStorage(backend)
+    return optuna.storages.JournalStorage(_backend(optuna.storages.journal, url))
+
+
+def _backend(module: Any, url: str) -> Any:
+    if url.startswith("journal:"):
+        return module.JournalFileBackend(url.partition(":")[2])
+    server, _, prefix = url.partition("#")
+    return module.JournalRedisBackend(server, prefix=prefix)
 
 
 def objective(trial: optuna.Trial) -> float:

@@ -339,14 +339,14 @@ def test_many_records_that_come_meanwhile(
 
     def slow_image(reading: Any) -> Iterator[bytes]:
         yield from image(reading)
-        log.exchange([_study(1 + n) for n in range(1200)], cursor, NOTHING)
+        log.exchange([_study(1 + n) for n in range(3000)], cursor, NOTHING)
 
     monkeypatch.setattr(compaction._Reading, "image", slow_image)
     journal.compact(journal_.open_log())
     assert [study.study_name for study in journal_.open().get_all_studies()] == [
-        f"w-{n}" for n in range(1201)
+        f"w-{n}" for n in range(3001)
     ]
-    assert len(log.exchange([], cursor, NOTHING).news) == 1200
+    assert len(log.exchange([], cursor, NOTHING).news) == 3000
 
 
 def _study(seq: int, worker_id: str = "w") -> r.CreateStudy:

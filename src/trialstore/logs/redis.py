@@ -130,7 +130,7 @@ _ANSWER_RECORDS: Final = 20_000
 _READ_POSITIONS_MAX: Final = 16
 # A compaction writes beside the journal in pieces of so many records and bytes, and removes as
 # many keys at a time. It switches when no more than that came meanwhile.
-_PIECE_RECORDS: Final = 500
+_PIECE_RECORDS: Final = 2000
 _PIECE_BYTES: Final = 1 << 20
 # A killed compactor keeps others from compacting for so long.
 _COMPACT_LOCK_S: Final = 300
