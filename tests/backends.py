@@ -51,6 +51,7 @@ class Backend:
             picklable where the store crosses processes.
         capabilities: Of the store.
         needs_server: A database server has to be started.
+        machine_runs: How many runs of the stateful machine it is worth.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Backend:
     capabilities: Capabilities = _JOURNAL
     needs_server: bool = False
     marks: tuple[Any, ...] = field(default=())
+    machine_runs: int = 40
 
 
 def open_memory(**options: Any) -> Storage:
@@ -169,8 +171,8 @@ BACKENDS = [
 
 SERVER_BACKENDS = [
     Backend("journal-redis", _redis, _JOURNAL, True, _SERVERS),
-    Backend("journal-redis-hash-tag", _redis_cluster("{p%d}"), _JOURNAL, True, _SERVERS),
-    Backend("journal-redis-plain-prefix", _redis_cluster("p%d"), _JOURNAL, True, _SERVERS),
+    Backend("journal-redis-hash-tag", _redis_cluster("{p%d}"), _JOURNAL, True, _SERVERS, 10),
+    Backend("journal-redis-plain-prefix", _redis_cluster("p%d"), _JOURNAL, True, _SERVERS, 10),
     Backend("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, True, _SERVERS),
     Backend("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, True, _SERVERS),
     Backend("mariadb-pymysql", _tables("pymysql"), _MARIADB, True, _SERVERS),

@@ -151,7 +151,9 @@ class _Reading:
             worker.note(record.seq, outcome)
             worker.n_before = self._n_noted
         elif record.worker_id and not (isinstance(record, r.DeleteStudy) and record.study_id < 0):
-            self.plain_worker = record.worker_id
+            # A trial that ran when its journal was trimmed has no seq any more, but its owner.
+            if record.worker_id not in self._workers:
+                self.plain_worker = record.worker_id
 
     def marks(self) -> dict[str, Marks]:
         latest = sorted(self._workers.items(), key=lambda item: item[1].n_before)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+import pickle
 import shutil
 import tempfile
 from typing import ClassVar
 from unittest import TestCase
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import precondition, rule
 
 from backends import BACKENDS, SERVER_BACKENDS, Backend
+from trialstore import journal
+from trialstore.log import TrimmableLog
 from trialstore.testing.machine import StorageMachine
 
 _SETTINGS = settings(
@@ -36,10 +40,26 @@ class _BackendMachine(StorageMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _test_case(backend: Backend, keeps_ids_apart: bool) -> type[TestCase]:
+class _CompactingMachine(_BackendMachine):
+    """Now and then somebody else compacts the journal, or trims it."""
+
+    @precondition(lambda self: self.model.studies)
+    @rule(trims=st.booleans())
+    def compact(self, trims: bool) -> None:
+        log = pickle.loads(pickle.dumps(self.storages[0]._exchanger.log))
+        change = journal.trim if trims and isinstance(log, TrimmableLog) else journal.compact
+        change(log)
+        log.close()
+
+
+def _test_case(
+    backend: Backend, keeps_ids_apart: bool, *, is_compacted: bool = False
+) -> type[TestCase]:
     body = {"backend": backend, "keeps_ids_apart": keeps_ids_apart}
-    case: type[TestCase] = type("Machine", (_BackendMachine,), body).TestCase
-    case.settings = _SETTINGS  # type: ignore[attr-defined]
+    machine = _CompactingMachine if is_compacted else _BackendMachine
+    case: type[TestCase] = type("Machine", (machine,), body).TestCase
+    n_runs = 15 if is_compacted else backend.machine_runs
+    case.settings = settings(_SETTINGS, max_examples=n_runs)  # type: ignore[attr-defined]
     return type(backend.name, (case,), {"pytestmark": list(backend.marks)})
 
 
@@ -52,3 +72,7 @@ for _backend in (*BACKENDS, *SERVER_BACKENDS):
         globals()[f"TestMachineOn{_name(_backend)}"] = _test_case(_backend, True)
     if _backend.capabilities.shared and _backend.capabilities.reuses_ids:
         globals()[f"TestMachineWithReusedIdsOn{_name(_backend)}"] = _test_case(_backend, False)
+    if _backend.name in ("journal-file", "journal-redis"):
+        globals()[f"TestMachineThatCompacts{_name(_backend)}"] = _test_case(
+            _backend, True, is_compacted=True
+        )

@@ -687,6 +687,19 @@ def test_a_trimmed_journal_stops_optuna_at_once_until_it_is_compacted(
     assert storage_contents(trimmable.open()) == before
 
 
+def test_a_trial_that_runs_through_a_trim_keeps_its_owner(trimmable: _Journal) -> None:
+    storage = trimmable.open()
+    study = optuna.create_study(storage=storage, study_name="s")
+    study.optimize(_objective, n_trials=2)
+    trial = study.ask()
+    for change in (journal.trim, journal.compact, journal.compact):
+        change(trimmable.open_log())
+        again = trimmable.open()
+        again.get_all_trials(0)
+        assert again._replica.owner(trial._trial_id) == storage._exchanger.worker_id
+    study.tell(trial, 1.0)
+
+
 def test_a_trimmed_journal_without_its_snapshot_says_so(trimmable: _Journal) -> None:
     _fill(trimmable.open())
     journal.trim(trimmable.open_log())
