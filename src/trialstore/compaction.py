@@ -150,9 +150,9 @@ class _Reading:
                 worker = self._workers[record.worker_id] = _Seen()
             worker.note(record.seq, outcome)
             worker.n_before = self._n_noted
-        elif record.worker_id and not (isinstance(record, r.DeleteStudy) and record.study_id < 0):
+        elif not (isinstance(record, r.DeleteStudy) and record.study_id < 0):
             # A trial that ran when its journal was trimmed has no seq any more, but its owner.
-            if record.worker_id not in self._workers:
+            if record.worker_id and record.worker_id not in self._workers:
                 self.plain_worker = record.worker_id
 
     def marks(self) -> dict[str, Marks]:
