@@ -150,10 +150,9 @@ class _Reading:
                 worker = self._workers[record.worker_id] = _Seen()
             worker.note(record.seq, outcome)
             worker.n_before = self._n_noted
-        elif not (isinstance(record, r.DeleteStudy) and record.study_id < 0):
-            # A trial that ran when its journal was trimmed has no seq any more, but its owner.
-            if record.worker_id and record.worker_id not in self._workers:
-                self.plain_worker = record.worker_id
+        # A trial that ran when its journal was trimmed has no seq any more, but its owner.
+        elif record.worker_id not in self._workers and not _is_nobodys(record):
+            self.plain_worker = record.worker_id
 
     def marks(self) -> dict[str, Marks]:
         latest = sorted(self._workers.items(), key=lambda item: item[1].n_before)
@@ -230,6 +229,11 @@ class _Reading:
                 },
             )
         )
+
+
+def _is_nobodys(record: AnyOperation) -> bool:
+    """Whether a record without a ``seq`` was put there by a compaction, or in place of a hole."""
+    return not record.worker_id or (isinstance(record, r.DeleteStudy) and record.study_id < 0)
 
 
 class _Seen:
