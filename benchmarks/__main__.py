@@ -14,6 +14,7 @@ NAMES = (
     "catalogue",
     "memory",
     "redis_journal",
+    "tables",
     "moving",
     "compaction",
 )

@@ -720,3 +720,13 @@ def test_a_message_of_many_megabytes(kind: str, tmp_path: Path) -> None:
     assert set(verdicts(outcomes)) == {"ACCEPTED"}
     (trial,) = one.read(study_id)
     assert len(trial.user_attrs) == 300
+
+
+@pytest.mark.servers
+def test_a_message_that_fails_is_not_logged_by_the_driver(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new database has no tables yet, which is found out by asking."""
+    url = new_database("psycopg", tmp_path)
+    Model(url)
+    assert [record.name for record in caplog.records if record.name.startswith("psycopg")] == []

@@ -463,11 +463,21 @@ class PipelineSession(Session):
     def run(self, steps: Sequence[Step]) -> list[Rows]:
         raw = self.raw
         cursors = []
-        with raw.pipeline():
-            for statement, args in steps:
-                cursor = raw.cursor()
-                cursor.execute(statement.sql, args)
-                cursors.append(cursor)
+        first: Exception | None = None
+        try:
+            with raw.pipeline():
+                try:
+                    for statement, args in steps:
+                        cursor = raw.cursor()
+                        cursor.execute(statement.sql, args)
+                        cursors.append(cursor)
+                except Exception as error:
+                    # Let through, it would be logged together with what follows from it.
+                    first = error
+        except Exception as error:
+            raise first or error from None
+        if first is not None:
+            raise first
         return [
             cursor.fetchall() if step.statement.columns else []
             for cursor, step in zip(cursors, steps, strict=True)

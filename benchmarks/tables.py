@@ -1,0 +1,123 @@
+"""The tables on database servers beside Optuna's: round trips, time and CPU per trial, pruning,
+many processes.
+
+Starts a private PostgreSQL and MariaDB for each run, as the tests do. (Files of SQLite are in
+``per_trial``, ``crowd`` and ``opening``.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+import sys
+import time
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+import sqlalchemy as sa
+from tests.servers import new_database
+
+from benchmarks import crowd, harness
+from benchmarks.harness import OURS, Cost, Report, Row
+from trialstore.testing.faults import CountingProxy
+
+_NAMES = (OURS, "optuna")
+_DELAY_S = 0.005
+_N_DELAYED = 5
+
+
+def main() -> int:
+    parser = harness.parser(__doc__)
+    parser.add_argument(
+        "--driver",
+        action="append",
+        help="sqlite, psycopg, psycopg2, pymysql; default: the servers'",
+    )
+    parser.add_argument("--trials", type=int, default=30, help="in one sample")
+    parser.add_argument("--known", type=int, default=100, help="trials and steps, for pruning")
+    parser.add_argument("--processes", type=int, default=16, help="0 leaves the crowd out")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a crowd's sample")
+    parser.set_defaults(rounds=3)
+    arguments = parser.parse_args()
+    with Report("tables", arguments) as report:
+        for driver in arguments.driver or ("psycopg", "psycopg2", "pymysql"):
+            if driver != "sqlite":
+                compare_trips(report, driver)
+                compare_trials(report, driver, arguments.trials, arguments.rounds)
+            compare_pruning(report, driver, arguments.known)
+            if arguments.processes and driver != "sqlite":
+                stores = {name: new_database(driver, report.folder) for name in _NAMES}
+                crowd.compare(report, stores, arguments.processes, arguments.seconds, 1)
+    return 0
+
+
+def open_storage(name: str, url: str) -> BaseStorage:
+    return harness.open_storage(name, url, Path())
+
+
+def warm_study(name: str, url: str) -> optuna.Study:
+    study = harness.new_study(open_storage(name, url))
+    study.optimize(harness.objective, n_trials=5)
+    return study
+
+
+def compare_trips(report: Report, driver: str) -> None:
+    trips: dict[str, float] = {}
+    delayed_ms: dict[str, float] = {}
+    for name in _NAMES:
+        url = sa.make_url(new_database(driver, report.folder))
+        assert url.host is not None and url.port is not None
+        with CountingProxy(url.host, url.port) as proxy:
+            through = url.set(host=proxy.host, port=proxy.port)
+            study = warm_study(name, through.render_as_string(hide_password=False))
+            proxy.reset()
+            study.optimize(harness.objective, n_trials=20)
+            trips[name] = proxy.n_round_trips / 20
+            proxy.delay_s = _DELAY_S
+            delayed_ms[name] = harness.optimize(study, _N_DELAYED).wall_ms
+            proxy.delay_s = 0.0
+    report.add(Row(f"{driver}, a trial", "round trips", trips))
+    report.add(Row(f"{driver}, a trial, 5 ms each way", "ms", delayed_ms))
+
+
+def compare_trials(report: Report, driver: str, n_trials: int, rounds: int) -> None:
+    studies = {name: warm_study(name, new_database(driver, report.folder)) for name in _NAMES}
+    costs: dict[str, list[Cost]] = harness.in_turn(
+        _NAMES, rounds, lambda name: harness.optimize(studies[name], n_trials)
+    )
+    wall_ms = harness.medians(costs, lambda cost: cost.wall_ms)
+    report.add(Row(f"{driver}, a trial", "wall ms", wall_ms))
+    cpu_ms = harness.medians(costs, lambda cost: cost.cpu_ms)
+    report.add(Row(f"{driver}, a trial", "CPU ms", cpu_ms))
+
+
+def compare_pruning(report: Report, driver: str, n_known: int) -> None:
+    """``report`` and ``should_prune`` of one trial, with so many trials of as many steps known."""
+    wall_ms: dict[str, float] = {}
+    notes: dict[str, Any] = {}
+    for name in (*_NAMES, "in memory"):
+        url = new_database(driver, report.folder)
+        storage = optuna.storages.InMemoryStorage() if name == "in memory" else None
+        study = harness.new_study(storage or open_storage(name, url))
+        study.pruner = optuna.pruners.MedianPruner()
+        steps = {step: float(step) for step in range(n_known)}
+        template = optuna.trial.create_trial(value=1.0, intermediate_values=steps)
+        study.add_trials([template] * n_known)
+        trial = study.ask()
+        trial.report(0.0, 0)
+        trial.should_prune()
+        began_s = time.perf_counter()
+        for step in range(1, 21):
+            trial.report(0.0, step)
+            trial.should_prune()
+        taken_ms = (time.perf_counter() - began_s) / 20 * 1e3
+        if name == "in memory":
+            notes["the pruner's own, ms"] = round(taken_ms, 2)
+        else:
+            wall_ms[name] = taken_ms
+    row = Row(f"{driver}, report + should_prune", "ms", wall_ms, notes=notes)
+    report.add(row)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
