@@ -1,0 +1,250 @@
+"""The beating of one storage: when it begins and ends, what stops it, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import multiprocessing
+import os
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+import pytest
+
+from ageing import age_beats
+from backends import ListBackend
+import trialstore
+from trialstore.errors import LogUnavailableError
+from trialstore.journal import JournalFileBackend, JournalStorage
+from trialstore.testing.clock import ManualClock
+from trialstore.testing.suites.base import run_threads, wait_until
+
+_ASK = """
+import sys, optuna, trialstore
+backend = trialstore.journal.JournalFileBackend(sys.argv[1])
+storage = trialstore.JournalStorage(backend, heartbeat_interval=60)
+storage.create_new_trial(storage.get_study_id_from_name("study"))
+"""
+
+
+def _open(path: Path, **options: Any) -> JournalStorage:
+    options = {"heartbeat_interval": 60, "clock": ManualClock(), **options}
+    return JournalStorage(JournalFileBackend(str(path)), **options)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "journal"
+    _open(path).create_new_study([StudyDirection.MINIMIZE], "study")
+    return path
+
+
+def _n_leases(path: Path) -> int:
+    return len(list(Path(f"{path}.beats").glob("*.beat")))
+
+
+# --- the end of a process ------------------------------------------------------------------------
+
+
+def _ask_in_child(path: Path) -> None:
+    storage = _open(path)
+    storage.create_new_trial(0)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_that_ends_in_order_withdraws_its_lease(path: Path, method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"There is no {method}.")
+    child = multiprocessing.get_context(method).Process(target=_ask_in_child, args=(path,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert _open(path).get_trial(0).state == TrialState.RUNNING
+    assert _n_leases(path) == 0
+
+
+def test_a_program_that_ends_in_order_withdraws_its_lease(path: Path) -> None:
+    for end, n_leases in (("", 0), ("raise KeyboardInterrupt", 0), ("import os; os._exit(1)", 1)):
+        program = [sys.executable, "-c", f"{_ASK}\n{end}", str(path)]
+        subprocess.run(program, check=False, capture_output=True, timeout=60)
+        assert _n_leases(path) == n_leases, end
+    assert len(_open(path).get_all_trials(0)) == 3
+
+
+# --- the thread ----------------------------------------------------------------------------------
+
+
+def test_a_beat_that_fails_is_tried_again_soon(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = _open(path)
+    clock: Any = storage._clock
+    storage.create_new_trial(0)
+    log: Any = storage._exchanger.log
+    beats: list[bool] = []
+
+    def renew(owner: str, trial_ids: Sequence[int]) -> None:
+        beats.append(len(beats) >= 2)
+        if not beats[-1]:
+            raise LogUnavailableError("It is away.")
+
+    monkeypatch.setattr(log, "renew_lease", renew)
+    for pause_s in (60, 1, 1, 60):
+        clock.until_waiting()
+        n_beats = len(beats)
+        clock.advance(pause_s)
+        wait_until(lambda n=n_beats: len(beats) == n + 1, "a beat")  # type: ignore[misc]
+    clock.until_waiting()
+    assert beats == [False, False, True, True]
+    assert caplog.text.count("It is away.") == 1
+    storage.close()
+
+
+def test_one_thread_beats_for_all_threads_that_create_trials(path: Path) -> None:
+    storage = _open(path)
+    taken: list[str] = []
+    log: Any = storage._exchanger.log
+    take = log.take_lease
+    log.take_lease = lambda owner: (taken.append(owner), take(owner))
+    run_threads(*[lambda: storage.create_new_trial(0)] * 8)
+    storage._clock.until_waiting(1)  # type: ignore[attr-defined]
+    assert {*taken} == {storage._exchanger.worker_id} and _n_leases(path) == 1
+    storage.close()
+    assert _n_leases(path) == 0
+
+
+def test_nothing_is_created_where_no_lease_can_be_taken(path: Path) -> None:
+    Path(f"{path}.beats").write_text("in the way")
+    with pytest.raises(LogUnavailableError, match="no lease can be kept"):
+        _open(path).create_new_trial(0)
+    assert _open(path).get_all_trials(0) == []
+
+
+def test_a_trial_from_before_the_interval_was_set_is_covered_by_its_first_beat(path: Path) -> None:
+    storage, other = _open(path, heartbeat_interval=None), _open(path)
+    trial_id = storage.create_new_trial(0)
+    storage.heartbeat_interval = 60
+    storage.record_heartbeat(trial_id)
+    storage._clock.until_waiting(1)  # type: ignore[attr-defined]
+    age_beats(Path(f"{path}.beats"), 1000)
+    assert other.fail_stale_trials() == [trial_id]
+    storage.close()
+
+
+def test_an_owner_in_a_journal_is_no_path(path: Path) -> None:
+    storage = _open(path)
+    outside = path.parent / "outside.beat"
+    outside.touch()
+    os.utime(outside, (0, 0))
+    assert storage._exchanger.log.expired(0, {0: "../outside", 1: "", 2: "a" * 999}, 1.0) == []  # type: ignore[attr-defined]
+
+
+# --- backends of one's own -----------------------------------------------------------------------
+
+
+class LeasedBackend(ListBackend):
+    """Optuna's two methods, and those of ``LeaseStore``; time is what a test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.beats: dict[str, float] = {}
+
+    def take_lease(self, owner: str) -> None:
+        self.beats[owner] = self.now_s
+
+    def renew_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        self.beats[owner] = self.now_s
+
+    def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
+        self.beats.pop(owner, None)
+
+    def expired(
+        self, study_id: int, running: Mapping[int, str], grace_period_s: float
+    ) -> Sequence[int]:
+        last = {id_: self.beats.get(owner, self.now_s) for id_, owner in running.items()}
+        return [id_ for id_, beat_s in last.items() if self.now_s - beat_s > grace_period_s]
+
+
+def test_a_backend_that_keeps_leases_has_heartbeats() -> None:
+    backend, retry = LeasedBackend(), trialstore.RetryFailedTrialCallback()
+    worker, reaper = (
+        JournalStorage(
+            backend,
+            heartbeat_interval=60,
+            heartbeat_stale_trial_callback=retry,
+            clock=ManualClock(),
+        )
+        for _ in range(2)
+    )
+    study_id = worker.create_new_study([StudyDirection.MINIMIZE])
+    trial_id = worker.create_new_trial(study_id)
+    backend.now_s = 1000.0
+    assert reaper.fail_stale_trials() == [trial_id] and reaper.fail_stale_trials() == []
+    states = [trial.state.name for trial in reaper.get_all_trials(study_id)]
+    assert states == ["FAIL", "WAITING"]
+    worker.close()
+    assert backend.beats == {}
+
+
+def test_a_backend_of_two_methods_says_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match="LeaseStore"):
+        JournalStorage(ListBackend(), heartbeat_interval=60)
+    storage = JournalStorage(ListBackend())
+    with pytest.raises(ValueError, match="keeps no leases"):
+        storage.record_heartbeat(0)
+    study = optuna.create_study(storage=storage)
+    assert trialstore.enqueue_trial(study, {"x": 1})
+    with pytest.raises(RuntimeError, match="on a condition"):
+        trialstore.enqueue_trial(study, {"x": 1}, skip_if_exists=True)
+    with pytest.raises(RuntimeError, match="on a condition"):
+        trialstore.MaxTrials(1).ask(study)
+
+
+# --- callbacks -----------------------------------------------------------------------------------
+
+
+def test_a_callback_has_one_name_at_a_time(path: Path) -> None:
+    retry = trialstore.RetryFailedTrialCallback()
+    with pytest.warns(FutureWarning, match="heartbeat_stale_trial_callback"):
+        assert _open(path, failed_trial_callback=retry).heartbeat_stale_trial_callback is retry
+    with pytest.raises(ValueError, match="two names"):
+        _open(path, failed_trial_callback=retry, heartbeat_stale_trial_callback=retry)
+    with pytest.raises(ValueError, match="max_retry"):
+        trialstore.RetryFailedTrialCallback(max_retry=-1)
+
+
+class _Recording(trialstore.RetryHeartbeatStaleTrialCallback):
+    def __init__(self) -> None:
+        super().__init__(max_retry=1)
+        self.seen: list[int] = []
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self.seen.append(trial.number)
+        super().__call__(study, trial)
+
+
+def test_a_subclass_that_does_something_else_is_called(path: Path) -> None:
+    worker, reaper = _open(path), _open(path, heartbeat_stale_trial_callback=_Recording())
+    worker.create_new_trial(0)
+    age_beats(Path(f"{path}.beats"), 1000)
+    study = optuna.load_study(study_name="study", storage=reaper)
+    assert trialstore.fail_stale_trials(study) == [0]
+    callback: Any = reaper.heartbeat_stale_trial_callback
+    assert callback.seen == [0]
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
+
+
+def test_storages_that_are_not_trialstores_are_refused_by_name() -> None:
+    study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
+    for call in (
+        lambda: trialstore.fail_stale_trials(study),
+        lambda: trialstore.enqueue_trial(study, {}),
+        lambda: trialstore.MaxTrials(1).ask(study),
+    ):
+        with pytest.raises(TypeError, match="InMemoryStorage"):
+            call()
