@@ -258,6 +258,25 @@ def _code_table(*rows: tuple[Fault, str]) -> dict[str, Fault]:
     return {code: fault for fault, codes in rows for code in codes.split()}
 
 
+# --- URLs ----------------------------------------------------------------------------------------
+
+
+def shown_url(url: sa.URL) -> str:
+    """A URL as anybody may see it: without passwords, of which its query can hold some too."""
+    return url.difference_update_query(filter(_is_secret, url.query)).render_as_string()
+
+
+def passwords(url: sa.URL, connect_args: Mapping[str, Any]) -> list[str]:
+    """All that a driver is given and could repeat in an error."""
+    given = [*url.query.items(), *connect_args.items()]
+    values = [url.password, *(value for key, value in given if _is_secret(key))]
+    return [str(value) for value in values if value]
+
+
+def _is_secret(key: str) -> bool:
+    return "pass" in key.lower() or key.lower() == "pwd"
+
+
 # --- SQLite --------------------------------------------------------------------------------------
 
 BUSY_TIMEOUT_S: Final = 60.0

@@ -35,7 +35,9 @@ from trialstore.logs.relational.dialects import (
     Step,
     dialect_type,
     is_local,
+    passwords,
     record_time,
+    shown_url,
 )
 from trialstore.logs.relational.exchange import Exchange
 from trialstore.logs.relational.findings import findings_in_tables
@@ -141,7 +143,7 @@ class TablesLog:
         return url if self.password is None else url.set(password=self.password.read())
 
     def __repr__(self) -> str:
-        return f"TablesLog({self.engine.url.render_as_string(hide_password=True)!r})"
+        return f"TablesLog({shown_url(self.engine.url)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -297,7 +299,7 @@ class TablesLog:
         version = self.get_current_version() if self.schema.is_there() else None
         found: dict[str, Any] = {
             "kind": f"tables in {self._dialect.name}",
-            "address": url.render_as_string(hide_password=True),
+            "address": shown_url(url),
             "schema_version": version,
             "schema_version_expected": self.get_head_version(),
             "size_bytes": database_bytes(self.engine),
@@ -543,8 +545,9 @@ class TablesLog:
 
     def _clean(self, error: BaseException) -> str:
         text = " ".join(str(error).split())
-        password = self.engine.url.password
-        return text.replace(str(password), "***") if password else text
+        for password in passwords(self.engine.url, self.engine_kwargs.get("connect_args", {})):
+            text = text.replace(password, "***")
+        return text
 
     def _be_durable(self, session: Session, durable: bool) -> None:
         """SQLite syncs by connection, and can't be told within a transaction."""

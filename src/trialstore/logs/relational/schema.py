@@ -21,7 +21,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from trialstore.errors import IncompatibleSchemaError, LogUnavailableError
 from trialstore.logs.relational import statements as s, tables as t
-from trialstore.logs.relational.dialects import Dialect, Fault, Session, Step
+from trialstore.logs.relational.dialects import Dialect, Fault, Session, Step, shown_url
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Schema:
 
     @property
     def _shown_url(self) -> str:
-        return self._engine.url.render_as_string(hide_password=True)
+        return shown_url(self._engine.url)
 
     # --- opening ---
 
