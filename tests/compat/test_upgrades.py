@@ -130,7 +130,11 @@ def test_an_upgrade_gives_what_optunas_gives(
         assert seen == _seen_by_optuna(url) == _expected(kind, version, tmp_path)
         write(storage, "new")
         written = dump(storage, "new")
-    assert written == dump(optuna.storages.RDBStorage(url), "new")
+    theirs = optuna.storages.RDBStorage(url)
+    assert written == dump(theirs, "new")
+    if version == VERSIONS[0]:
+        write(theirs, "newer")
+    theirs.engine.dispose()
     shape, wanted = _shape(url), _wanted_shape(kind, tmp_path_factory.getbasetemp())
     for table in wanted:
         assert shape[table] == wanted[table], table
@@ -173,7 +177,7 @@ def test_an_upgrade_that_is_interrupted_again_and_again_comes_to_its_end(
     url = new_database(kind, tmp_path)
     make_old_database(url, VERSIONS[0])
     attempts = 1
-    while _upgrade_until(url, attempts if kind == "pymysql" else attempts * attempts):
+    while _upgrade_until(url, attempts if kind == "pymysql" else 8 * attempts):
         attempts += 1
     assert attempts > 5
     assert _seen_by_us(url) == _seen_by_optuna(url) == _expected(kind, VERSIONS[0], tmp_path)
@@ -196,6 +200,7 @@ def test_an_interrupted_upgrade_leaves_nothing_where_the_database_can_take_it_ba
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", _KINDS)
 def test_an_upgrade_interrupted_anywhere_can_be_made_again(kind: str, tmp_path: Path) -> None:
     expected = _expected(kind, VERSIONS[0], tmp_path)
@@ -273,6 +278,16 @@ def test_nan_that_sqlite_kept_as_null_stays_nan(tmp_path: Path) -> None:
     _upgrade(url)
     with contextlib.closing(trialstore.RDBStorage(url)) as storage:
         assert math.isnan(storage.get_trial(1).intermediate_values[7])
+
+
+def test_a_complete_trial_without_a_value_does_not_stop_the_upgrade(tmp_path: Path) -> None:
+    url = new_database("sqlite", tmp_path)
+    make_old_database(url, "v1.3.0.a")
+    _run(url, "UPDATE trials SET value = NULL WHERE trial_id = 1")
+    _upgrade(url)
+    with contextlib.closing(trialstore.RDBStorage(url)) as storage:
+        states = [trial.state.name for trial in storage.get_all_trials(1)]
+    assert states[:2] == ["FAIL", "PRUNED"] and states.count("COMPLETE") == 2
 
 
 def test_trials_that_nobody_had_numbered_are_numbered_in_order(tmp_path: Path) -> None:
