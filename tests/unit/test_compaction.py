@@ -14,6 +14,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
+from grpc_servers import open_grpc, serve, served_url
 from redis_servers import new_prefix, shared_cluster
 from servers import shared_redis
 import trialstore
@@ -423,6 +424,24 @@ def test_marks_say_what_became_of_each_record() -> None:
         many.note(2 * n, Outcome(Verdict.ACCEPTED, n))
     assert list(many.marks().outcomes())[-1] == 19_998
     assert len(many.marks().created) < 1000
+
+
+def test_clients_of_a_server_go_on(tmp_path: Path) -> None:
+    """One that has read further than the compaction, one that lags, and the server lags too."""
+    path = served_url("journal", tmp_path)
+    port = serve(path)
+    clients = [open_grpc(port) for _ in range(2)]
+    study = optuna.create_study(storage=clients[0], study_name="s", sampler=RandomSampler())
+    study.optimize(_objective, n_trials=3)
+    clients[1].get_all_trials(0)
+    here = trialstore.JournalStorage(journal.JournalFileBackend(path))
+    optuna.load_study(study_name="s", storage=here).optimize(_objective, n_trials=3)
+    for _ in range(2):
+        journal.compact(journal.JournalFileBackend(path))
+        trial_id = clients[0].create_new_trial(0)
+        assert clients[0].set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        assert storage_contents(clients[1]) == storage_contents(here)
+    assert [trial.number for trial in here.get_all_trials(0)] == list(range(8))
 
 
 # --- refusals ------------------------------------------------------------------------------------

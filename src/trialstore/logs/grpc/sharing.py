@@ -25,11 +25,12 @@ from itertools import islice
 import threading
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.errors import LogCompactedError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import (
     NOTHING,
     START,
     Batch,
+    CompactableLog,
     ConditionalLog,
     Cursor,
     Decide,
@@ -386,6 +387,19 @@ class SequentialShare:
                 self._append([call])
 
     def _advance(self, records: Sequence[AnyOperation]) -> None:
+        try:
+            self._extend_tail(records)
+        except LogCompactedError:
+            # The tail leads nowhere any more, and nothing was appended. A client who has read
+            # further than it goes on from there, the others are told to read anew.
+            base = self.log.load_base() if isinstance(self.log, CompactableLog) else None
+            head = pack_cursor(START if base is None else base.cursor)
+            for _, end in self._portions((), head):
+                head = end
+            self._tail = _Tail(head)
+            self._extend_tail(records)
+
+    def _extend_tail(self, records: Sequence[AnyOperation]) -> None:
         for news, end in self._portions(records, self._tail.head):
             self._tail.add(news, end)
             self._note(sum(run.n_records for run in news))

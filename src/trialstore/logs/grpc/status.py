@@ -12,6 +12,7 @@ import grpc
 
 from trialstore.errors import (
     IncompatibleSchemaError,
+    LogCompactedError,
     LogCorruptError,
     LogUnavailableError,
     OutcomeUnknownError,
@@ -25,6 +26,7 @@ _Code = grpc.StatusCode
 _TABLE: Final[tuple[tuple[str, type[Exception], Any], ...]] = (
     ("unavailable", LogUnavailableError, _Code.UNAVAILABLE),
     ("outcome-unknown", OutcomeUnknownError, _Code.ABORTED),
+    ("compacted", LogCompactedError, _Code.OUT_OF_RANGE),
     ("corrupt", LogCorruptError, _Code.DATA_LOSS),
     ("incompatible-schema", IncompatibleSchemaError, _Code.FAILED_PRECONDITION),
     ("value", ValueError, _Code.INVALID_ARGUMENT),
@@ -101,6 +103,8 @@ def to_error(error: grpc.RpcError, server: str, *, unknown: bool) -> Exception:
     """
     details = error.details() or error.code().name
     name = error_name(error)
+    if name == "compacted":
+        return LogCompactedError(details, source=server)
     if name == "corrupt":
         return LogCorruptError(details, source=server)
     for known, kind, _ in _TABLE:
