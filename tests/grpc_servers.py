@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -15,8 +16,11 @@ from multiprocessing.connection import Connection
 import os
 from pathlib import Path
 import queue
+import random
+import socket
 import sys
 import threading
+import time
 from typing import Any
 
 import optuna
@@ -170,6 +174,16 @@ def _run_server(url: str, path: list[str], options: dict[str, Any]) -> None:
     trialstore_grpc.run_grpc_proxy_server(open_served(url), **options)
 
 
+def _own_port() -> int:
+    """A port that nobody is given while the server on it is down: not one of the ephemeral ones,
+    which outgoing connections and other tests' servers get."""
+    while True:
+        port = random.randrange(16_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class KillableServer:
     """A server process on one port.
 
@@ -180,7 +194,7 @@ class KillableServer:
 
     def __init__(self, url: str, **options: Any) -> None:
         self.url = url
-        self.port = options.setdefault("port", free_port())
+        self.port = options.setdefault("port", _own_port())
         self.options = options
         self.process: Any = None
         self.start()
@@ -196,9 +210,6 @@ class KillableServer:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        import socket
-        import time
-
         end_s = time.monotonic() + _DEADLINE_S
         while True:
             try:
