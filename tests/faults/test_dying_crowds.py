@@ -106,7 +106,7 @@ def _assert_retried_once(trials: list[optuna.trial.FrozenTrial], lost: set[int])
 # --- killed workers ------------------------------------------------------------------------------
 
 
-def _work(open_storage: OpenStorage, number: int, stop: Any) -> None:
+def _work(open_storage: OpenStorage, number: int, stop: Any, grace_s: int = _GRACE_S) -> None:
     """Half of them optimize, half ask and tell; each with a wall clock of its own."""
     warnings.simplefilter("ignore")
     ahead = timedelta(hours=number % 3 - 1)
@@ -114,6 +114,7 @@ def _work(open_storage: OpenStorage, number: int, stop: Any) -> None:
     real_time = time.time
     time.time = lambda: real_time() + ahead.total_seconds()
     with contextlib.closing(_beating(open_storage)) as storage:
+        storage.grace_period = grace_s
         study = _load(storage)
         while not stop.is_set():
             if number % 2:
@@ -164,35 +165,27 @@ def test_by_real_time_no_running_trial_is_left_without_an_owner(
 ) -> None:
     """20 workers and 10 kills as above, but by the leases as they expire."""
 
-    def beating(**options: Any) -> Storage:
-        opened = _beating(open_storage, **options)
-        opened.grace_period = 8
-        return opened
-
-    stop, rng = _fork.Event(), random.Random(2)
-    workers = [_start(_work_by, beating, number, stop) for number in range(20)]
+    stop, rng, grace_s = _fork.Event(), random.Random(2), 8
+    workers = [_start(_work, open_storage, number, stop, grace_s) for number in range(20)]
     _until(lambda: len(_trials(storage)) > 40)
     for worker in workers[:10]:
         time.sleep(rng.uniform(0.0, 0.2))
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
-    lost_at = time.monotonic()
-    seen = {trial.number: trial for trial in _trials(storage) if trial.state == _States.RUNNING}
-    time.sleep(8 + 1 + 1)
+    # Of those that were killed first a slow machine may have failed a trial already.
+    unfit = (_States.RUNNING, _States.FAIL)
+    seen = {trial.number for trial in _trials(storage) if trial.state in unfit}
+    time.sleep(grace_s + 2)
     running = {trial.number for trial in _trials(storage) if trial.state == _States.RUNNING}
-    print(f"{len(seen & running)} of {len(seen)} after {time.monotonic() - lost_at:.1f} s")
+    assert not seen & running, "after the grace period and two intervals"
     stop.set()
     for worker in workers:
         worker.join(_DEADLINE_S)
     trials = _trials(storage)
     assert not [trial for trial in trials if trial.state == _States.RUNNING]
     lost = {trial.number for trial in trials if trial.state == _States.FAIL}
-    assert lost <= seen.keys() and len(lost) <= 10
+    assert lost <= seen and len(lost) <= 10
     _assert_retried_once(trials, lost)
-
-
-def _work_by(beating: Callable[[], Storage], number: int, stop: Any) -> None:
-    _work(lambda: beating(), number, stop)
 
 
 # --- a stopped worker ----------------------------------------------------------------------------
@@ -374,7 +367,8 @@ def test_a_budget_is_met_exactly_by_workers_that_die(
     for killed in range(n_kills):
         _until(lambda k=killed: _counts(storage)["COMPLETE"] > n_trials * k // (n_kills + 2))  # type: ignore[misc]
         victim = rng.randrange(n_workers)
-        os.kill(workers[victim].pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # one that was starved and refused
+            os.kill(workers[victim].pid, signal.SIGKILL)
         workers[victim].join(_DEADLINE_S)
         workers[victim] = _start(_spend, open_storage, n_trials)
     for worker in workers:
