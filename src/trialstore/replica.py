@@ -244,7 +244,8 @@ class Replica:
             # bad record must not make the study unreadable.
             trial.warn_unreadable(f"parameter {name!r}", error)
             return
-        # Every record brings a string of its own: in all trials, half as much as the values.
+        # Every record brings a string of its own, twice as large as the value. (Keys of attributes
+        # are shared by msgspec.)
         name = sys.intern(name)
         trial.params[name] = external
         trial.distributions[name] = distribution
@@ -311,8 +312,7 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
-        for key, value in record.user_attr.items():
-            trial.user_attrs[sys.intern(key)] = value
+        trial.user_attrs.update(record.user_attr)
         trial.changed()
         return ACCEPTED
 
@@ -320,8 +320,7 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
-        for key, value in record.system_attr.items():
-            trial.system_attrs[sys.intern(key)] = value
+        trial.system_attrs.update(record.system_attr)
         trial.changed()
         return ACCEPTED
 
