@@ -37,7 +37,7 @@ from trialstore.logs.relational.dialects import Dialect, Fault, Rows, Session, S
 from trialstore.logs.relational.limits import refusal
 from trialstore.logs.relational.reading import Reading, Written
 from trialstore.logs.relational.verdicts import Facts, Touched
-from trialstore.logs.relational.writing import writes
+from trialstore.logs.relational.writing import runs, writes, writes_together
 from trialstore.records import Operation, Outcome
 
 if TYPE_CHECKING:
@@ -232,8 +232,11 @@ class Exchange:
             args["numbered_study"] = touched.numbered[0]
             args["known"] = self._known(r.DeleteStudy(worker_id="", study_id=touched.numbered[0]))
         steps.append(_facts_step(d, s.mark, touched, args, bool(touched.numbered)))
-        for record in self.records:
-            steps += writes(d, record, self._known(record), log.leased)
+        for run in runs(self.records):
+            if len(run) > 1:
+                steps.append(writes_together(d, run))
+            else:
+                steps += writes(d, run[0], self._known(run[0]), log.leased)
         steps.append(d.commit)
         steps.append(d.step(s.read_mark, session=log._session_id))
         n_before = len(steps)
@@ -333,16 +336,29 @@ class Exchange:
         for pair in judged:
             row = session.run([d.step(s.first_param, study_id=pair[0], name=pair[1])])[0]
             facts.first_params[pair] = row[0][0] if row else None
-        for record in records:
-            outcome = facts.judge(record)
-            if outcome is r.ACCEPTED:
-                try:
-                    outcome = self._write_one(session, record)
-                except Exception as error:
-                    if self.log._fault(error) is Fault.VALUE:
-                        raise ValueError(refusal(record, self.log._clean(error))) from error
-                    raise
-            outcomes.append(outcome)
+        judged_now = [facts.judge(record) for record in records]
+        accepted = [x for x, told in zip(records, judged_now, strict=True) if told is r.ACCEPTED]
+        if d.name == "sqlite":
+            made = [told for run in runs(accepted) for told in self._write_run(session, run)]
+        else:
+            # One by one, so that it shows which one a column can't hold.
+            made = [self._write_named(session, record) for record in accepted]
+        told_of = iter(made)
+        outcomes += [next(told_of) if told is r.ACCEPTED else told for told in judged_now]
+
+    def _write_run(self, session: Session, run: Sequence[Operation]) -> list[Outcome]:
+        if len(run) == 1:
+            return [self._write_one(session, run[0])]
+        session.run([writes_together(self.dialect, run)])
+        return [r.ACCEPTED] * len(run)
+
+    def _write_named(self, session: Session, record: Operation) -> Outcome:
+        try:
+            return self._write_one(session, record)
+        except Exception as error:
+            if self.log._fault(error) is Fault.VALUE:
+                raise ValueError(refusal(record, self.log._clean(error))) from error
+            raise
 
     def _write_one(self, session: Session, record: Operation) -> Outcome:
         """Write an accepted operation whose locks are held."""

@@ -10,7 +10,7 @@ decided from facts read before: the condition and the verdict come from the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy as sa
@@ -297,23 +297,34 @@ def _owner(columns: Sequence[Any], of: str, states: Sequence[str] = _UNFINISHED)
     return _select(c.trial_id, *columns).where(c.trial_id == _p("trial_id"), c.state.in_(texts))
 
 
-def set_param(d: Dialect, of: str = "id") -> Any:
-    columns = [d.text_arg(_p("name")), d.float_arg(_p("value")), d.text_arg(_p("distribution"))]
+def _rows(columns: Callable[[int], list[Any]], of: str, n: int) -> Any:
+    """``n`` rows for one trial, in order, so that their row ids are in order as well."""
+    rows = [_owner(columns(i), of) for i in range(n)]
+    return _union_all(*rows) if n > 1 else rows[0]
+
+
+def set_params(d: Dialect, of: str, n: int) -> Any:
+    def columns(i: int) -> list[Any]:
+        name, value = d.text_arg(_p(f"name_{i}")), d.float_arg(_p(f"value_{i}"))
+        return [name, value, d.text_arg(_p(f"distribution_{i}"))]
+
     names = ["trial_id", "param_name", "param_value", "distribution_json"]
-    return d.upsert(t.trial_params, names, _owner(columns, of), 2)
+    return d.upsert(t.trial_params, names, _rows(columns, of, n), 2)
 
 
-def _set_trial_attr(d: Dialect, table: sa.Table, of: str) -> Any:
-    columns = [d.text_arg(_p("key")), d.text_arg(_p("value"))]
-    return d.upsert(table, ["trial_id", "key", "value_json"], _owner(columns, of), 2)
+def _set_trial_attrs(d: Dialect, table: sa.Table, of: str, n: int) -> Any:
+    def columns(i: int) -> list[Any]:
+        return [d.text_arg(_p(f"key_{i}")), d.text_arg(_p(f"value_{i}"))]
+
+    return d.upsert(table, ["trial_id", "key", "value_json"], _rows(columns, of, n), 2)
 
 
-def set_trial_user_attr(d: Dialect, of: str = "id") -> Any:
-    return _set_trial_attr(d, t.trial_user_attributes, of)
+def set_trial_user_attrs(d: Dialect, of: str, n: int) -> Any:
+    return _set_trial_attrs(d, t.trial_user_attributes, of, n)
 
 
-def set_trial_system_attr(d: Dialect, of: str = "id") -> Any:
-    return _set_trial_attr(d, t.trial_system_attributes, of)
+def set_trial_system_attrs(d: Dialect, of: str, n: int) -> Any:
+    return _set_trial_attrs(d, t.trial_system_attributes, of, n)
 
 
 def set_value(d: Dialect, of: str = "id") -> Any:
@@ -328,14 +339,13 @@ def set_value(d: Dialect, of: str = "id") -> Any:
     return d.upsert(t.trial_values, names, _owner(columns, of, states), 2)
 
 
-def set_intermediate_value(d: Dialect, of: str = "id") -> Any:
-    columns = [
-        d.int_arg(_p("step")),
-        d.float_arg(_p("value")),
-        d.enum_arg(_p("type"), t.intermediate_type),
-    ]
+def set_intermediate_values(d: Dialect, of: str, n: int) -> Any:
+    def columns(i: int) -> list[Any]:
+        step, value = d.int_arg(_p(f"step_{i}")), d.float_arg(_p(f"value_{i}"))
+        return [step, value, d.enum_arg(_p(f"type_{i}"), t.intermediate_type)]
+
     names = ["trial_id", "step", "intermediate_value", "intermediate_value_type"]
-    return d.upsert(t.trial_intermediate_values, names, _owner(columns, of), 2)
+    return d.upsert(t.trial_intermediate_values, names, _rows(columns, of, n), 2)
 
 
 def claim_trial(d: Dialect) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+import itertools
 import json
 import math
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from trialstore import records as r
 from trialstore.logs.relational import statements as s, tables as t
@@ -26,6 +27,89 @@ def _dumps(value: Any) -> str:
     return json.dumps(value)
 
 
+FIELDS: Final = (
+    r.SetTrialParam,
+    r.SetTrialIntermediateValue,
+    r.SetTrialUserAttr,
+    r.SetTrialSystemAttr,
+)
+ROWS_MAX: Final = 16
+"""Rows that one statement writes at most; each number of them is a statement of its own."""
+
+
+class _Field(NamedTuple):
+    """A row of a child table of a trial."""
+
+    statement: Callable[..., Any]
+    key: Any
+    args: dict[str, Any]
+
+
+def _param(name: str, value: float, distribution: str) -> _Field:
+    args = {"name": name, "value": value, "distribution": distribution}
+    return _Field(s.set_params, name, args)
+
+
+def _attr(statement: Callable[..., Any], key: str, value: Any) -> _Field:
+    return _Field(statement, key, {"key": key, "value": _dumps(value)})
+
+
+def _intermediate(step: int, value: float) -> _Field:
+    finite, kind = number_and_type(value)
+    args = {"step": step, "value": finite, "type": kind}
+    return _Field(s.set_intermediate_values, step, args)
+
+
+def _field(record: Operation) -> _Field:
+    if isinstance(record, r.SetTrialParam):
+        return _param(record.param_name, record.param_value_internal, record.distribution)
+    if isinstance(record, r.SetTrialIntermediateValue):
+        return _intermediate(record.step, record.intermediate_value)
+    if isinstance(record, r.SetTrialUserAttr):
+        return _attr(s.set_trial_user_attrs, *next(iter(record.user_attr.items())))
+    assert isinstance(record, r.SetTrialSystemAttr)
+    return _attr(s.set_trial_system_attrs, *next(iter(record.system_attr.items())))
+
+
+def _fields_step(d: Dialect, of: dict[str, int], whose: str, rows: Sequence[_Field]) -> Step:
+    args: dict[str, Any] = dict(of)
+    for i, row in enumerate(rows):
+        for name, value in row.args.items():
+            args[f"{name}_{i}"] = value
+    return d.step(rows[0].statement, whose, len(rows), **args)
+
+
+def runs(records: Sequence[Operation]) -> Iterator[Sequence[Operation]]:
+    """The operations in order; those in a row that one statement can carry out, together.
+
+    A statement must not write a row twice, so a key that repeats begins another run.
+    """
+    run: list[Operation] = []
+    keys: set[Any] = set()
+    for record in records:
+        key = _field(record).key if isinstance(record, FIELDS) else None
+        first = run[0] if run else None
+        if first is not None and (
+            not isinstance(record, FIELDS)
+            or type(first) is not type(record)
+            or first.trial_id != record.trial_id
+            or key in keys
+            or len(run) == ROWS_MAX
+        ):
+            yield run
+            run, keys = [], set()
+        run.append(record)
+        keys.add(key)
+    if run:
+        yield run
+
+
+def writes_together(d: Dialect, run: Sequence[Operation]) -> Step:
+    """The statement that carries out a run of several operations."""
+    of = {"trial_id": run[0].trial_id}  # type: ignore[attr-defined]
+    return _fields_step(d, of, "id", [_field(record) for record in run])
+
+
 def writes(d: Dialect, record: Operation, known: int, leased: Container[str]) -> list[Step]:
     """The conditional statements that carry out an operation.
 
@@ -33,35 +117,8 @@ def writes(d: Dialect, record: Operation, known: int, leased: Container[str]) ->
         known: An id that the newest trial of the operation's study is not below.
         leased: Owners whose trials get their first beat with their creation or claim.
     """
-    if isinstance(record, r.SetTrialParam):
-        return [
-            d.step(
-                s.set_param,
-                trial_id=record.trial_id,
-                name=record.param_name,
-                value=record.param_value_internal,
-                distribution=record.distribution,
-            )
-        ]
-    if isinstance(record, r.SetTrialIntermediateValue):
-        value, kind = number_and_type(record.intermediate_value)
-        return [
-            d.step(
-                s.set_intermediate_value,
-                trial_id=record.trial_id,
-                step=record.step,
-                value=value,
-                type=kind,
-            )
-        ]
-    if isinstance(record, r.SetTrialUserAttr | r.SetTrialSystemAttr):
-        user = isinstance(record, r.SetTrialUserAttr)
-        statement = s.set_trial_user_attr if user else s.set_trial_system_attr
-        attrs = record.user_attr if isinstance(record, r.SetTrialUserAttr) else record.system_attr
-        return [
-            d.step(statement, trial_id=record.trial_id, key=key, value=_dumps(value))
-            for key, value in attrs.items()
-        ]
+    if isinstance(record, FIELDS):
+        return [_fields_step(d, {"trial_id": record.trial_id}, "id", [_field(record)])]
     if isinstance(record, r.SetTrialStateValues):
         return _state_writes(d, record, record.worker_id in leased)
     if isinstance(record, r.CreateTrial):
@@ -146,25 +203,18 @@ def _create_trial_writes(d: Dialect, record: r.CreateTrial, known: int, beats: b
     ]
     if beats:
         steps.append(d.step(s.first_beat, "newest", **of))
-    for name, one in record.params.items():
-        distribution = record.distributions[name]
-        steps.append(
-            d.step(s.set_param, "newest", **of, name=name, value=one, distribution=distribution)
-        )
-    for key, attr in record.user_attrs.items():
-        text = _dumps(attr)
-        steps.append(d.step(s.set_trial_user_attr, "newest", **of, key=key, value=text))
-    for key, attr in record.system_attrs.items():
-        text = _dumps(attr)
-        steps.append(d.step(s.set_trial_system_attr, "newest", **of, key=key, value=text))
+    fields = [_param(name, x, record.distributions[name]) for name, x in record.params.items()]
+    fields += [_attr(s.set_trial_user_attrs, key, x) for key, x in record.user_attrs.items()]
+    fields += [_attr(s.set_trial_system_attrs, key, x) for key, x in record.system_attrs.items()]
+    fields += [_intermediate(int(step), x) for step, x in record.intermediate_values.items()]
+    for _, alike in itertools.groupby(fields, lambda field: field.statement):
+        rows = list(alike)
+        for start in range(0, len(rows), ROWS_MAX):
+            steps.append(_fields_step(d, of, "newest", rows[start : start + ROWS_MAX]))
     for objective, one in enumerate(template_values(record)):
         value, kind = number_and_type(one)
         args = {"objective": objective, "value": value, "type": kind}
         steps.append(d.step(s.set_value, "newest", **of, **args))
-    for step, one in record.intermediate_values.items():
-        value, kind = number_and_type(one)
-        args = {"step": int(step), "value": value, "type": kind}
-        steps.append(d.step(s.set_intermediate_value, "newest", **of, **args))
     return steps
 
 
