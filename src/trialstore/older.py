@@ -71,7 +71,8 @@ class OlderMethods(Storage):
         """A summary of each study, in order of id, without reading its trials but the best."""
         studies = self.get_all_studies()
         summaries = self._exchanger.use_log(lambda log: log.summaries())
-        best_ids = [one.best_trial_id for one in summaries.values() if one.best_trial_id]
+        found_ids = (one.best_trial_id for one in summaries.values())
+        best_ids = [trial_id for trial_id in found_ids if trial_id is not None]
         for some in _parts(best_ids):
             self._exchanger.run((), Wanted(trials=frozenset(some)))
         found = []

@@ -17,7 +17,8 @@ class RDBStorage(OlderMethods):
     Args:
         url: SQLAlchemy's URL of the database; the literal ``{SCHEMA_VERSION}`` in it is replaced.
         engine_kwargs: Passed to ``sqlalchemy.create_engine``.
-        skip_compatibility_check: Use tables of another schema version as they are.
+        skip_compatibility_check: Open tables of another schema version all the same, as
+            ``upgrade`` needs it.
         heartbeat_interval: Seconds between two beats for the trials that this storage runs; None
             is without heartbeat. docs/heartbeats.md has this and the next three.
         grace_period: Seconds without a beat after which a trial is failed; None is twice the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,69 @@ def test_the_schema_tells_its_version(storage: RDBStorage) -> None:
     storage.upgrade()
     assert storage.get_current_version() == "v3.2.0.a"
     assert storage.get_n_trials(storage.create_new_study([MINIMIZE])) == 0
+
+
+# Seed 002: the methods of Optuna 2.10, and their arguments in order.
+_OLDER = """
+check_trial_is_updatable(trial_id, trial_state)
+create_new_trial(study_id, template_trial)
+delete_study(study_id)
+fail_stale_trials()
+get_all_study_summaries()
+get_all_trials(study_id, deepcopy, states)
+get_all_versions()
+get_best_trial(study_id)
+get_current_version()
+get_head_version()
+get_heartbeat_interval()
+get_n_trials(study_id, state)
+get_study_directions(study_id)
+get_study_id_from_name(study_name)
+get_study_id_from_trial_id(trial_id)
+get_study_name_from_id(study_id)
+get_study_system_attrs(study_id)
+get_study_user_attrs(study_id)
+get_trial(trial_id)
+get_trial_id_from_study_id_trial_number(study_id, trial_number)
+get_trial_number_from_id(trial_id)
+get_trial_param(trial_id, param_name)
+get_trial_params(trial_id)
+get_trial_system_attrs(trial_id)
+get_trial_user_attrs(trial_id)
+is_heartbeat_enabled()
+read_trials_from_remote_storage(study_id)
+record_heartbeat(trial_id)
+remove_session()
+set_study_directions(study_id, directions)
+set_study_system_attr(study_id, key, value)
+set_study_user_attr(study_id, key, value)
+set_trial_intermediate_value(trial_id, step, intermediate_value)
+set_trial_param(trial_id, param_name, param_value_internal, distribution)
+set_trial_state(trial_id, state)
+set_trial_system_attr(trial_id, key, value)
+set_trial_user_attr(trial_id, key, value)
+set_trial_values(trial_id, values)
+upgrade()
+"""
+
+
+@pytest.mark.parametrize("line", _OLDER.split("\n")[1:-1])
+def test_every_older_method_takes_its_arguments_in_their_order(line: str) -> None:
+    name, _, rest = line.rstrip(")").partition("(")
+    wanted = [one for one in rest.split(", ") if one]
+    signature = inspect.signature(getattr(RDBStorage, name))
+    ours = list(signature.parameters.values())[1:]
+    assert [one.name for one in ours[: len(wanted)]] == wanted
+    for one in ours[len(wanted) :]:
+        assert one.default is not inspect.Parameter.empty
+
+
+def test_the_constructor_takes_its_arguments_in_their_order() -> None:
+    ours = list(inspect.signature(RDBStorage).parameters)
+    assert ours[:5] == [
+        "url",
+        "engine_kwargs",
+        "skip_compatibility_check",
+        "heartbeat_interval",
+        "grace_period",
+    ]

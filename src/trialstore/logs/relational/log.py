@@ -393,6 +393,8 @@ class TablesLog:
     def upgrade(self) -> None:
         """Bring the tables to the latest version; see ``Schema.upgrade``."""
         self._persistently(self.schema.upgrade)
+        # What this connection has prepared is of the old tables.
+        self._disconnect()
 
     # --- connections ---
 

@@ -282,8 +282,10 @@ class Schema:
         Raises:
             IncompatibleSchemaError: There are no tables, or they are of a newer version.
         """
-        if self.get_current_version() not in VERSIONS:
-            raise IncompatibleSchemaError(self._advice(self.get_current_version()))
+        version = self.get_current_version()
+        if version not in VERSIONS:
+            raise IncompatibleSchemaError(self._advice(version))
+        _logger.info("Upgrading %s from %s to %s.", self._shown_url, version, t.HEAD_VERSION)
         with _one_upgrade:
             if self._name == "sqlite":
                 with self._engine.connect() as connection, connection.begin():
