@@ -171,6 +171,7 @@ class Catalogue(Protocol):
         ...
 
 
+@runtime_checkable
 class Versioned(Protocol):
     """A log whose store has a schema, which has versions."""
 

@@ -8,7 +8,7 @@ import typer
 
 from trialstore.cli.output import Exit, Json, Url, command, print_json, stdout
 from trialstore.cli.stores import existing_log
-from trialstore.logs.relational.log import TablesLog
+from trialstore.log import Versioned
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 
@@ -17,7 +17,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be 
 def upgrade(url: Url, dry_run: DryRun = False, as_json: Json = False) -> Exit | None:
     """Bring tables to the latest schema version. Make a backup and stop all workers first."""
     with existing_log(url, any_version=True) as log:
-        if not isinstance(log, TablesLog):
+        if not isinstance(log, Versioned):
             document: dict[str, Any] = {"from": None, "to": None, "upgraded": False}
             text = "Nothing to do: this kind of store has one version only."
         else:
