@@ -30,6 +30,7 @@ from trialstore.logs import file as file_log, head as heads
 from trialstore.logs.file import FileLog
 from trialstore.records import Outcome, Verdict
 from trialstore.testing.contents import storage_contents
+from trialstore.testing.faults import ManualClock
 
 redis = pytest.importorskip("redis")
 
@@ -354,6 +355,53 @@ def _study(seq: int, worker_id: str = "w") -> r.CreateStudy:
     return r.CreateStudy(
         study_name=f"{worker_id}-{seq}", directions=[1], worker_id=worker_id, seq=seq
     )
+
+
+@pytest.mark.parametrize("n_known", [0, 5, 60])
+def test_a_reader_far_behind_whose_journal_becomes_shorter(
+    trimmable: _Journal, n_known: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the script's answer and the reading of the records that it told of."""
+    monkeypatch.setattr("trialstore.logs.redis._NEWS_MAX", 20)
+    log = trimmable.open_log()
+    cursor = START
+    for seq in range(60):
+        study_id = seq // 2
+        record = _study(seq) if seq % 2 == 0 else r.DeleteStudy(
+            study_id=study_id, worker_id="w", seq=seq
+        )  # fmt: skip
+        cursor = log.exchange([record], cursor, NOTHING).cursor
+        if seq + 1 == n_known:
+            known = cursor
+    reader = trimmable.open_log()
+    reader._clock = ManualClock()
+    get = reader._get
+
+    def get_late(numbers: Any) -> Any:
+        reader._get = get
+        late = compaction.compact
+
+        def image(reading: Any) -> Iterator[bytes]:
+            yield r.encode_line(_study(0, "short"))[:-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(compaction._Reading, "image", image)
+            late(trimmable.open_log())
+        return get(numbers)
+
+    if n_known == 60:
+        # In the middle of what is compacted.
+        log.exchange([_study(60 + n) for n in range(40)], cursor, NOTHING)
+    reader._get = get_late
+    try:
+        news = reader.exchange([], known if n_known else START, NOTHING).news
+    except LogCompactedError:
+        assert n_known
+    else:
+        assert [record.worker_id for record in news][1:] == ["short"]
+    assert reader._clock.slept_s == 0
+    last = reader._ask(reader._last_number)
+    assert not reader._ask(lambda door: door.command("EXISTS", reader._key(last + 1)))
 
 
 class _Forgetful:

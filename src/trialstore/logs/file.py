@@ -127,8 +127,15 @@ def _sync_folder(path: str) -> None:
         os.close(fd)
 
 
-def _is_only_writer(fd: int, path: str) -> bool:
-    """Whether nobody else writes the file just opened; closing ``fd`` lets the next one in."""
+def _is_only_writer(fd: int, path: str, *, may_be_mixed: bool) -> bool:
+    """Whether nobody else writes the file just opened; closing ``fd`` lets the next one in.
+
+    Args:
+        may_be_mixed: A mixture of two, where there is no flock, is noticed by its checksum.
+
+    Raises:
+        OSError: There is no flock, and that would be needed.
+    """
     if fcntl is None:
         return True  # two at once would each fail to rename what the other has open
     try:
@@ -136,9 +143,15 @@ def _is_only_writer(fd: int, path: str) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        # No flock on this file system: a mixture of two is ignored for its checksum.
+        if not may_be_mixed:
+            raise
     # The file may have been finished and renamed between our opening and locking it; to write it
     # now would be to write into a snapshot in use.
+    return _is_at(fd, path)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """Whether the open file is the one at the path."""
     try:
         there, ours = os.stat(path), os.fstat(fd)
     except FileNotFoundError:
@@ -479,7 +492,7 @@ class FileLog(BaseJournalBackend):
         with self._unavailable("can't have a snapshot beside it"):
             fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | _BINARY, 0o666)
             try:
-                if not _is_only_writer(fd, unfinished):
+                if not _is_only_writer(fd, unfinished, may_be_mixed=True):
                     return False
                 made = make()
                 prefix = None if made is None else self._snapshot_prefix(*made)
@@ -632,14 +645,15 @@ class FileLog(BaseJournalBackend):
         with self._unavailable("can't be compacted"):
             fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | _BINARY, 0o600)
             try:
-                if not _is_only_writer(fd, unfinished):
+                if not _is_only_writer(fd, unfinished, may_be_mixed=False):
                     raise LogUnavailableError(f"{self._path}: somebody else is compacting it.")
                 try:
                     position = self._write_compacted(fd, make())
                     if position.number:
                         self._put_in_place(fd, unfinished, position)
                 finally:
-                    with contextlib.suppress(FileNotFoundError):  # it is the journal by now
+                    # Else it is the journal by now, and there may be another one's.
+                    if _is_at(fd, unfinished):
                         os.unlink(unfinished)
             finally:
                 os.close(fd)
@@ -679,17 +693,21 @@ class FileLog(BaseJournalBackend):
                 os.fchmod(fd, stat.S_IMODE(status.st_mode))
                 with contextlib.suppress(PermissionError):
                     os.fchown(fd, status.st_uid, status.st_gid)
-            # Nobody waits for the bulk of it.
-            _, after = self._read_unlocked(position, _decode_chunk)
-            self._copy(fd, position, after)
-            sync_fd(fd)
+            n_copied = sys.maxsize
+            while n_copied > _CATCH_UP_BYTES:
+                # Nobody waits for the bulk of it, and each round leaves less.
+                _, after = self._read_unlocked(position, _decode_chunk)
+                n_copied = self._copy(fd, position, after)
+                sync_fd(fd)
+                position = after
             self._acquire()
             try:
-                position = after
                 _, after, _ = self._read(position, self._open(), _decode_chunk)
                 self._check_writable()
                 self._copy(fd, position, after)
                 sync_fd(fd)
+                if not _is_at(fd, unfinished):
+                    raise OSError(errno.ENOENT, "was removed", unfinished)
                 if os.name == "nt":
                     self._close()  # what is open can't be replaced there
                 os.replace(unfinished, self._path)
@@ -703,14 +721,15 @@ class FileLog(BaseJournalBackend):
                 self._release()
                 self.close()
 
-    def _copy(self, fd: int, begin: _Position, end: _Position) -> None:
-        """Append the journal's bytes between two positions to the new file."""
+    def _copy(self, fd: int, begin: _Position, end: _Position) -> int:
+        """Append the journal's bytes between two positions to the new file; returns how many."""
         if end.identity != begin.identity:
             raise self._replaced(begin)
         offset = begin.offset
         while offset < end.offset:
             chunk = _pread(self._fd, min(_CHUNK_BYTES, end.offset - offset), offset)
             offset += _write_all(fd, chunk)
+        return end.offset - begin.offset
 
     def _copy_late(self, after: _Position) -> None:
         """What a holder of the lock who was evicted appended to the old file meanwhile.

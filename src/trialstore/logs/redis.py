@@ -119,6 +119,11 @@ _AGES_SCRIPT: Final = (
 _OWNERS_MAX: Final = 1000  # a script takes only so many arguments apart
 # Whoever decides anew what to append on a condition has its turn, which takes a round trip.
 _TURN_PAUSE_S: Final = 0.002
+# Fills a hole, unless the journal has become shorter meanwhile and ends before it.
+_FILL_SCRIPT: Final = (
+    "if tonumber(redis.call('GET', KEYS[2]) or '-1') < tonumber(ARGV[2]) then return false end "
+    "return redis.call('SET', KEYS[1], ARGV[1], 'NX')"
+)
 # A record about a study that can't exist: replayed by any Optuna, it changes nothing.
 _FILLER_RECORD: Final = DeleteStudy(worker_id="trialstore-hole", study_id=-1)
 _FILLER: Final = encode_line(_FILLER_RECORD)[:-1]
@@ -894,7 +899,10 @@ class RedisLog(BaseJournalBackend):
         return last
 
     def _read(self, number: int, last: int) -> list[bytes]:
-        """The records from one number to another, once all are there."""
+        """The records from one number to another, once all are there.
+
+        Fewer, if the journal was compacted meanwhile; those read are then of no use either.
+        """
         lines: list[bytes] = []
         while number <= last:
             end = min(number + _CHUNK_RECORDS, last + 1)
@@ -903,8 +911,8 @@ class RedisLog(BaseJournalBackend):
                     break
                 lines.append(line)
                 number += 1
-            if number < end:
-                self._close_hole(number)
+            if number < end and not self._close_hole(number):
+                break
         return lines
 
     def _get(self, numbers: Iterable[int]) -> list[bytes | None]:
@@ -919,8 +927,12 @@ class RedisLog(BaseJournalBackend):
 
     # --- holes -------------------------------------------------------------------------------
 
-    def _close_hole(self, number: int) -> None:
-        """Return once there is a record of this number: the writer's, or one that says nothing.
+    def _close_hole(self, number: int) -> bool:
+        """Wait until there is a record of this number: the writer's, or one that says nothing.
+
+        Returns:
+            False if there need not be one any more, because a compaction has made the journal
+            shorter.
 
         Raises:
             LogCorruptError: There was one; it was evicted or deleted.
@@ -930,6 +942,9 @@ class RedisLog(BaseJournalBackend):
         def exists() -> bool:
             return bool(self._ask(lambda door: door.command("EXISTS", key)))
 
+        def is_reserved() -> bool:
+            return self._in_slots or self._ask(self._last_number) >= number
+
         # First what tells of the past, then whether the record is there: in the other order it
         # may be written, or filled by another reader, and built upon, between the two.
         if self._was_written(number) and not exists():
@@ -938,16 +953,22 @@ class RedisLog(BaseJournalBackend):
         pause_s = _HOLE_PAUSE_S
         while self._clock.now_s() < give_up_s:
             if exists():
-                return
+                return True
+            if not is_reserved():
+                return False
             self._clock.sleep(pause_s)
             pause_s = min(2 * pause_s, _HOLE_PAUSE_MAX_S)
         if self._was_written(number) and not exists():
             self._raise_damaged(b"missing", number, [], _BEGIN)
-        if self._ask(lambda door: door.command("SET", key, _FILLER, "NX")):
+        fill: tuple[Any, ...] = ("SET", key, _FILLER, "NX")
+        if not self._in_slots:
+            fill = ("EVAL", _FILL_SCRIPT, 2, key, self._number_key, _FILLER, number)
+        if self._ask(lambda door: door.command(*fill)):
             _logger.warning(
                 "%s: %s was reserved and never written; its writer was killed. The record is "
                 "skipped.", self._address, key,
             )  # fmt: skip
+        return True
 
     def _was_written(self, number: int) -> bool:
         """Whether there was a record of this number at some time, as far as can be told."""
