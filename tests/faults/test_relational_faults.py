@@ -323,3 +323,79 @@ def test_ids_that_the_sequence_does_not_know_of_are_passed_over(kind: str, tmp_p
         new_id = storage.get_study_id_from_name("new")
         assert [x.number for x in storage.get_all_trials(new_id)] == list(range(6))
         assert [x.number for x in storage.get_all_trials(study_id)] == list(range(7))
+
+
+_FAIL_TWICE = {
+    "psycopg": """
+        CREATE SEQUENCE tries;
+        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF nextval('tries') <= 2 THEN RAISE EXCEPTION 'test' USING ERRCODE = '{code}'; END IF;
+            RETURN NEW; END $$;
+        CREATE TRIGGER fails BEFORE INSERT ON trials FOR EACH ROW EXECUTE FUNCTION fail();
+    """,
+    "pymysql": """
+        CREATE TABLE tries (n INT) ENGINE = MyISAM;
+        INSERT INTO tries VALUES (0);
+        CREATE TRIGGER fails BEFORE INSERT ON trials FOR EACH ROW BEGIN
+            UPDATE tries SET n = n + 1;
+            IF (SELECT n FROM tries) <= 2 THEN
+                SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {code}, MESSAGE_TEXT = 'test';
+            END IF; END;
+    """,
+}
+_FAIL_TWICE["psycopg2"] = _FAIL_TWICE["psycopg"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        pytest.param(kind, code, marks=pytest.mark.servers, id=f"{kind}-{code}")
+        for kind, codes in (
+            ("psycopg", ("40P01", "40001", "55P03")),
+            ("psycopg2", ("40P01", "40001")),
+            ("pymysql", ("1213", "1205")),
+        )
+        for code in codes
+    ],
+)
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_a_deadlock_or_a_serialization_failure_is_tried_again(
+    kind: str, code: str, stepwise: bool, tmp_path: Path
+) -> None:
+    """Raised by the server itself, twice."""
+    one = Model(new_database(kind, tmp_path), clock=SteppingClock())
+    study_id = one.study()
+    running = one.trial(study_id)
+    cursor = one.log._connected().raw.cursor()
+    cursor.execute(_FAIL_TWICE[kind].format(code=code))
+    while kind == "pymysql" and cursor.nextset():
+        pass
+    new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
+    pair = {"params": {(study_id, "x")}} if stepwise else {}
+    outcomes = one.do(param(running, "x"), new, tell(running, 1.0), **pair)
+    assert verdicts(outcomes) == ["ACCEPTED"] * 3
+    assert [x.number for x in one.read(study_id)] == [0, 1]
+
+
+def test_a_locked_sqlite_file_is_tried_again(tmp_path: Path) -> None:
+    import sqlite3
+
+    class ReleasingClock(SteppingClock):
+        def sleep(self, duration_s: float) -> None:
+            super().sleep(duration_s)
+            if self.time_s > 1.0:
+                theirs.rollback()
+
+    url = new_database("sqlite", tmp_path)
+    options = {"engine_kwargs": {"connect_args": {"timeout": 0.001}}}
+    one = Model(url, clock=ReleasingClock(), **options)
+    study_id = one.study()
+    theirs = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    theirs.execute("BEGIN IMMEDIATE")
+    one.trial(study_id)
+    theirs.execute("BEGIN IMMEDIATE")
+    two = Model(url, clock=SteppingClock(), **options)
+    with pytest.raises(LogUnavailableError, match="locked"):
+        two.do(r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1)))
+    theirs.rollback()
+    assert [x.number for x in one.read(study_id)] == [0]
