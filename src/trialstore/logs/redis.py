@@ -13,6 +13,8 @@ What a crash may leave behind, and why nothing that was acknowledged is lost or 
   sees that when it reads its own records back, and reserves anew.
 * A key that is missing although it once existed was evicted or deleted. That is told apart from a
   hole by ``{prefix}:trialstore:complete`` and by what stands behind the gap, and never filled.
+* A compaction writes beside the journal and switches in one script. Killed before, it leaves the
+  old journal, killed after, the new one with records behind its end that readers pass over.
 
 Nothing that is found in Redis is unpickled.
 
