@@ -178,8 +178,8 @@ def test_a_server_killed_again_and_again_loses_and_doubles_nothing(
             worker.start()
         pause = random.Random(7)
         n_kills = 0
-        while any(worker.is_alive() for worker in workers):
-            workers[0].join(pause.uniform(2.5, 3.5) if long else pause.uniform(0.2, 1.0))
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            alive[0].join(3.0 if long else pause.uniform(0.2, 1.0))
             if n_kills < 3 or long:
                 server.kill()
                 server.start()
