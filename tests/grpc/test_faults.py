@@ -32,6 +32,7 @@ from trialstore.logs.grpc.sharing import (
     ShareLog,
     share_of,
 )
+from trialstore.logs.relational import reading
 from trialstore.logs.relational.log import TablesLog
 from trialstore.records import Verdict
 from trialstore.storage import Storage
@@ -395,7 +396,11 @@ class _CountingNews(CountingLog):
         return batch
 
 
-def test_a_study_that_many_open_is_read_from_the_tables_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [15, 5_000])
+def test_a_study_that_many_open_is_read_from_the_tables_once(
+    page: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "TRIALS_MAX", page)
     log = TablesLog(f"sqlite:///{tmp_path}/a.db")
     counter = _CountingNews(log)
     share = JudgedShare(counter, lambda: counter, n_copies_max=1)

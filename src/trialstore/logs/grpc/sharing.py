@@ -625,6 +625,9 @@ class JudgedShare:
         with self._copy() as log, _covered(log, request):
             if request.records and request.expected is not None:
                 return _exchange_if(log, request, cursor, wanted)
+            if not request.records:
+                news, cursor = _read_on(log, cursor, wanted)
+                return Answer(news, pack_cursor(cursor), ())
             batch = log.exchange(request.records, cursor, wanted)
         return Answer(pack(batch.news), pack_cursor(batch.cursor), batch.outcomes)
 
@@ -640,23 +643,22 @@ class JudgedShare:
                 kept[study_id] = self._opened(study_id)
                 cursor = log.joined(cursor, kept[study_id].cursor, study_id)
         with self._copy() as copy:
-            batch = copy.exchange((), cursor, wanted)
-        news = pack(batch.news)
+            news, cursor = _read_on(copy, cursor, wanted)
         if kept and sum(run.size for run in news) * 4 > sum(one.size for one in kept.values()):
             # Too much of it is old, or the study is gone; the next one reads it anew.
             with self._opening:
                 for study_id in kept:
                     self._openings.pop(study_id, None)
         runs = [run for opening in kept.values() for run in opening.news]
-        return Answer(runs + news, pack_cursor(batch.cursor), batch.outcomes)
+        return Answer(runs + news, pack_cursor(cursor), ())
 
     def _opened(self, study_id: int) -> _Opening:
         with self._opening:
             kept = self._openings.get(study_id)
             if kept is None:
                 with self._copy() as log:
-                    batch = log.exchange((), START, Wanted(trials_of=frozenset((study_id,))))
-                kept = self._openings[study_id] = _Opening(pack(batch.news), batch.cursor)
+                    wanted = Wanted(trials_of=frozenset((study_id,)))
+                    kept = self._openings[study_id] = _Opening(*_read_on(log, START, wanted))
             self._openings.move_to_end(study_id)
             while sum(one.size for one in self._openings.values()) > _OPENINGS_BYTES_MAX:
                 self._openings.popitem(last=False)
@@ -667,8 +669,8 @@ class JudgedShare:
         if wanted == NOTHING:
             return {}
         with self._copy() as log:
-            batch = log.exchange((), START, wanted)
-        return settle.find_appended(records, batch.news)
+            news, _ = _read_on(log, START, wanted)
+        return settle.find_appended(records, list(_unpack(news)))
 
     @contextlib.contextmanager
     def _copy(self) -> Iterator[Log]:
@@ -691,6 +693,17 @@ class JudgedShare:
                 else:
                     self._idle.append(log)
                 self._available.notify()
+
+
+def _read_on(log: Log, cursor: Cursor, wanted: Wanted) -> tuple[list[Packed], Cursor]:
+    """What is new, in as many exchanges as it takes, and where it ends."""
+    news: list[Packed] = []
+    more = True
+    while more:
+        batch = log.exchange((), cursor, wanted)
+        news += pack(batch.news)
+        cursor, more = batch.cursor, batch.more
+    return news, cursor
 
 
 class _Opening(NamedTuple):
