@@ -116,11 +116,15 @@ class Heartbeat:
 
     def _withdraw(self, log: LeaseStore) -> None:
         with self._exchanger.mutex:
-            self._is_taken = False
-            self._thread = None
+            self._stop()
             trial_ids = self._running()
-            self._changed.notify_all()
         log.withdraw_lease(self._worker_id, trial_ids)
+
+    def _stop(self) -> None:
+        """Whoever starts a trial from now on takes the lease anew; the mutex is held."""
+        self._is_taken = False
+        self._thread = None
+        self._changed.notify_all()
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -153,10 +157,12 @@ class Heartbeat:
                 return
             trial_ids = self._running()
             go_on = self._interval_s() is not None and (trial_ids or self._n_starting)
+            if not go_on:
+                self._stop()
         if go_on:
             log.renew_lease(self._worker_id, trial_ids)
         else:
-            self._withdraw(log)
+            log.withdraw_lease(self._worker_id, trial_ids)
 
 
 # --- exit ----------------------------------------------------------------------------------------
