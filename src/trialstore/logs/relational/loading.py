@@ -113,13 +113,8 @@ def _insert_children(connection: Connection, trials: list[tuple[int, CreateTrial
 
 
 def _insert(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    statement: Any = sa.insert(table)
-    if connection.dialect.name == "postgresql":
-        # What makes SQLAlchemy send many rows in a statement; psycopg's executemany sends one.
-        statement = statement.returning(next(iter(table.primary_key.columns)))
-    connection.execute(statement, rows)
+    if rows:
+        connection.execute(sa.insert(table), rows)
 
 
 def _time(d: Dialect, text: str | None) -> datetime | None:
