@@ -15,7 +15,7 @@ import msgspec
 
 from trialstore import records as r
 from trialstore.check import Audit
-from trialstore.log import Entries
+from trialstore.log import CompactableLog, Entries
 from trialstore.logs.relational.mending import mend_tables
 from trialstore.replica import Replica
 from trialstore.salvage import Salvaged, lost_trial, read_entry
@@ -44,8 +44,11 @@ def repair_journal(log: Entries, path: Path) -> Repaired:
 
     Raises:
         FileExistsError: It does.
+        ValueError: The journal was trimmed: most of it is in a snapshot.
         LogUnavailableError: The damaged journal can't be read.
     """
+    if isinstance(log, CompactableLog) and log.load_base().snapshot is not None:
+        raise ValueError("The journal was trimmed; `trialstore copy` reads what it holds.")
     fills = _positions_to_fill(log)
     done: list[str] = []
     given_up: list[str] = []
@@ -56,8 +59,8 @@ def repair_journal(log: Entries, path: Path) -> Repaired:
     try:
         with unfinished.open("xb") as file:
             for salvaged in map(read_entry, log.entries()):
-                for record in _kept(salvaged, audit, fills, done, given_up):
-                    file.write(r.encode_line(record))
+                for line in _kept(salvaged, audit, fills, done, given_up):
+                    file.write(line)
             file.flush()
             os.fsync(file.fileno())
         os.link(unfinished, path)  # unlike a rename, it replaces nothing
@@ -72,7 +75,8 @@ def _kept(
     fills: set[str],
     done: list[str],
     given_up: list[str],
-) -> Iterator[r.AnyOperation]:
+) -> Iterator[bytes]:
+    """The lines that take the place of an entry; a whole one stays as it is, byte for byte."""
     where = salvaged.entry.where
     kept = salvaged.kept
     if where in fills and audit.newest_study is not None:
@@ -96,8 +100,10 @@ def _kept(
             done.append(f"{where}: left out a record that is there twice.")
         elif "trial-unknown" in wrong or "study-unknown" in wrong:
             given_up.append(f"{where}: it is about something that was never created.")
+        elif salvaged.kind or salvaged.entry.data is None:
+            yield r.encode_line(record)
         else:
-            yield record
+            yield salvaged.entry.data.lstrip(b" ") + b"\n"
 
 
 def _positions_to_fill(log: Entries) -> set[str]:

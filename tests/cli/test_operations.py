@@ -109,6 +109,8 @@ def test_compact(kind: str, options: list[str], tmp_path: Path, cli: Cli) -> Non
     done = cli.json("compact", url, *options)
     assert done["n_kept"] < done["n_records"]
     assert cli("check", url).code == 0
+    repaired = cli("repair", url, "--output", str(tmp_path / "repaired.journal"))
+    assert repaired.code == (2 if options else 0)
     target = str(tmp_path / "copy.journal")
     assert cli("copy", url, target, "--verify").code == 0
     copied = optuna.load_study(study_name="colours", storage=trialstore.get_storage(target))
