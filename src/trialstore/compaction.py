@@ -58,7 +58,13 @@ def compact(log: _CompactableLog, *, force: bool = False) -> Compacted:
             can't be done atomically.
         LogUnavailableError: It can't be written, or is being compacted by somebody else.
         LogCorruptError: It is damaged; nothing was changed.
+        TypeError: It is no journal that can be compacted.
     """
+    if not isinstance(log, CompactableLog):
+        raise TypeError(
+            "Only a JournalFileBackend or JournalRedisBackend of trialstore can be compacted, not "
+            f"{type(log).__name__}."
+        )
     counts = [0, 0]
 
     def make() -> Compaction:
@@ -83,6 +89,11 @@ def trim(log: _TrimmableLog, *, force: bool = False) -> Compacted:
     Raises:
         As ``compact``.
     """
+    if not isinstance(log, TrimmableLog):
+        raise TypeError(
+            f"Only a JournalRedisBackend of trialstore can be trimmed, not {type(log).__name__}; "
+            "a journal file is compacted instead."
+        )
     counts = [0, 0]
 
     def make() -> Compaction:

@@ -198,11 +198,12 @@ class Replica:
             trial = TrialContents(trial_id, number, study)
             trial.start = record.datetime_start
             trial.owner = record.worker_id
-            if record.state != r.RUNNING or record.params or record.intermediate_values:
+            values = record.values
+            if values is None and record.value is not None:
+                values = [record.value]
+            is_bare = values is None and not record.params and not record.intermediate_values
+            if record.state != r.RUNNING or not is_bare:
                 trial.complete = record.datetime_complete
-                values = record.values
-                if values is None and record.value is not None:
-                    values = [record.value]
                 self._set_state(trial, record.state, values)
                 for name, internal in record.params.items():
                     self._use_param(trial, name, internal, record.distributions.get(name))

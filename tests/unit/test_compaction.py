@@ -140,6 +140,10 @@ def _fill(storage: Any) -> None:
     kept.set_user_attr("ż\ud800", -0.0)
     storage.set_study_system_attr(kept._study_id, "s", 2**70)
     kept.enqueue_trial({"x": 0.25}, user_attrs={"queued": True})
+    two.enqueue_trial({"y": 0.5})
+    (waiting,) = two.get_trials(states=(TrialState.WAITING,))
+    # Optuna's interface allows values before the end.
+    assert storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING, [0.5, 1.0])
     running = two.ask()
     running.suggest_float("y", 1e-5, 1.0, log=True)
     storage.set_trial_intermediate_value(running._trial_id, 3, math.nan)
@@ -511,6 +515,16 @@ def test_where_plain_optuna_workers_have_written_it_must_be_forced(journal_: _Jo
     assert storage_contents(journal_.open()) == before
     assert storage_contents(journal_.open_optuna()) == before
     journal.compact(journal_.open_log())  # nothing of theirs is left
+
+
+def test_what_is_no_such_journal_is_refused(tmp_path: Path) -> None:
+    journal_ = _file(tmp_path)
+    for other in (journal_.open(), journal_.open_optuna()):
+        for change in (journal.compact, journal.trim):
+            with pytest.raises(TypeError, match="JournalRedisBackend"):
+                change(other)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="compacted instead"):
+        journal.trim(journal_.open_log())
 
 
 def test_one_compaction_at_a_time(journal_: _Journal, monkeypatch: pytest.MonkeyPatch) -> None:
