@@ -240,11 +240,12 @@ class Followable(Protocol):
     """
 
     def is_unread(self, cursor: Cursor, study_id: int) -> bool:
-        """Whether a cursor covers no trials of a study but single ones."""
+        """Whether a cursor covers no trial of a study."""
         ...
 
-    def joined(self, cursor: Cursor, other: Cursor, study_id: int) -> Cursor:
-        """``cursor`` with what ``other`` covers of a study instead of its own."""
+    def joined(self, cursor: Cursor, other: Cursor, study_id: int) -> Cursor | None:
+        """``cursor``, which has not read a study, with what ``other`` covers of it; None if they
+        do not go together."""
         ...
 
 

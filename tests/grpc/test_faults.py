@@ -422,7 +422,13 @@ def test_a_study_that_many_open_is_read_from_the_tables_once(
         with contextlib.closing(Storage(ShareLog(share))) as reader:
             assert reader.get_trial(running).state == TrialState.COMPLETE
             assert study_contents(reader, study_id) == study_contents(storage, study_id)
+        late = Storage(ShareLog(share))
+        assert late.get_study_id_from_name("s") == study_id
         storage.delete_study(study_id)
+        with pytest.raises(KeyError):
+            late.get_all_trials(study_id)
+        assert late.get_all_studies() == []
+        late.close()
         for _ in range(2):
             with contextlib.closing(Storage(ShareLog(share))) as reader:
                 with pytest.raises(KeyError):

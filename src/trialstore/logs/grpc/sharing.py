@@ -640,17 +640,24 @@ class JudgedShare:
         kept: dict[int, _Opening] = {}
         for study_id in sorted(wanted.trials_of):
             if log.is_unread(cursor, study_id):
-                kept[study_id] = self._opened(study_id)
-                cursor = log.joined(cursor, kept[study_id].cursor, study_id)
+                opening = self._opened(study_id)
+                joined = log.joined(cursor, opening.cursor, study_id)
+                if joined is None:
+                    self._forget_opening(study_id)
+                else:
+                    kept[study_id], cursor = opening, joined
         with self._copy() as copy:
             news, cursor = _read_on(copy, cursor, wanted)
         if kept and sum(run.size for run in news) * 4 > sum(one.size for one in kept.values()):
             # Too much of it is old, or the study is gone; the next one reads it anew.
-            with self._opening:
-                for study_id in kept:
-                    self._openings.pop(study_id, None)
+            for study_id in kept:
+                self._forget_opening(study_id)
         runs = [run for opening in kept.values() for run in opening.news]
         return Answer(runs + news, pack_cursor(cursor), ())
+
+    def _forget_opening(self, study_id: int) -> None:
+        with self._opening:
+            self._openings.pop(study_id, None)
 
     def _opened(self, study_id: int) -> _Opening:
         with self._opening:

@@ -325,13 +325,17 @@ class TablesLog:
     def is_unread(self, cursor: Cursor, study_id: int) -> bool:
         """See ``Followable``."""
         study = read_cursor(cursor).get(study_id)
-        return study is None or study.all_id == 0
+        return study is None or study.last_id == study.all_id == 0
 
-    def joined(self, cursor: Cursor, other: Cursor, study_id: int) -> Cursor:
+    def joined(self, cursor: Cursor, other: Cursor, study_id: int) -> Cursor | None:
         """See ``Followable``."""
-        others = read_cursor(other)
-        joined = {one: study for one, study in read_cursor(cursor).items() if one != study_id}
-        return joined | {study_id: others[study_id]} if study_id in others else joined
+        studies = read_cursor(cursor)
+        own, theirs = studies.get(study_id), read_cursor(other).get(study_id)
+        if theirs is None:
+            return None  # deleted, which whoever has it is yet to be told
+        if own is not None and (own.name, own.directions) != (theirs.name, theirs.directions):
+            return None  # another study, of the same id
+        return {**studies, study_id: theirs}
 
     # --- leases: Optuna's heartbeats, a row per trial ---
 
