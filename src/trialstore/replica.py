@@ -217,15 +217,20 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
+        study, json = trial.study, record.distribution
+        known = study.distributions.get(record.param_name)
+        if known is not None and study.interned.get(json) is known:
+            # As in nearly every trial of a study: there is nothing to compare.
+            self._set_param(trial, record.param_name, record.param_value_internal, json)
+            trial.changed()
+            return ACCEPTED
         try:
-            outcome = self._judge_param(trial.study, record.param_name, record.distribution)
+            outcome = self._judge_param(study, record.param_name, json)
         except Exception as error:
             trial.warn_unreadable(f"distribution of {record.param_name!r}", error)
             return ACCEPTED
         if outcome is ACCEPTED:
-            self._use_param(
-                trial, record.param_name, record.param_value_internal, record.distribution
-            )
+            self._use_param(trial, record.param_name, record.param_value_internal, json)
             trial.changed()
         return outcome
 

@@ -113,6 +113,8 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._linger_s = linger_s
         self._max_staleness_s = max_staleness_s
         self._is_alone = alone
+        self._attribute_value = checks.any_value if alone else checks.json_value
+        self._distribution_text = checks.object_text if alone else checks.distribution_text
         self._clock = clock
         self._open(log)
         self.heartbeat_interval = heartbeat_interval
@@ -450,14 +452,6 @@ class Storage(BaseStorage, BaseHeartbeat):
     def _attribute(self, key: str, value: Any, whose: str) -> dict[str, Any]:
         key = checks.text(key, f"{whose} attribute key")
         return {key: self._attribute_value(value, f"{whose} attribute {key!r}")}
-
-    @property
-    def _attribute_value(self) -> Callable[[Any, str], Any]:
-        return checks.any_value if self._is_alone else checks.json_value
-
-    @property
-    def _distribution_text(self) -> Callable[[BaseDistribution, str], str]:
-        return checks.object_text if self._is_alone else checks.distribution_text
 
     def _write_study(
         self, record: r.DeleteStudy | r.SetStudyUserAttr | r.SetStudySystemAttr
