@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
+
+from sqlalchemy.engine import Engine
 
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
@@ -78,3 +80,29 @@ class RDBStorage(OlderMethods):
             max_staleness_s=max_staleness_s,
             clock=clock,
         )
+
+    # What users of Optuna's RDBStorage read from it.
+
+    @property
+    def _tables(self) -> TablesLog:
+        return cast(TablesLog, self.log)
+
+    @property
+    def url(self) -> str:
+        """As it was given, its template filled in; with the password, if that was in it."""
+        return self._tables.url
+
+    @property
+    def engine(self) -> Engine:
+        """SQLAlchemy's engine, for statements of your own."""
+        return self._tables.engine
+
+    @property
+    def engine_kwargs(self) -> dict[str, Any]:
+        """As they were given."""
+        return self._tables.engine_kwargs
+
+    @property
+    def skip_compatibility_check(self) -> bool:
+        """As it was given."""
+        return self._tables.skip_compatibility_check

@@ -250,3 +250,15 @@ def test_the_constructor_takes_its_arguments_in_their_order() -> None:
         "heartbeat_interval",
         "grace_period",
     ]
+
+
+def test_what_users_read_from_optunas_storage_is_there(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/{{SCHEMA_VERSION}}.db"
+    options = {"pool_pre_ping": True}
+    storage = RDBStorage(url, options, True)
+    optunas = optuna.storages.RDBStorage(url, options, True)
+    for name in ("url", "engine_kwargs", "skip_compatibility_check", "heartbeat_interval"):
+        assert getattr(storage, name) == getattr(optunas, name), name
+    assert str(storage.engine.url) == str(optunas.engine.url)
+    optunas.engine.dispose()
+    storage.close()
