@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime, timedelta
 import itertools
 from pathlib import Path
@@ -202,4 +203,8 @@ def _bytes(url: str) -> int:
     """Of the store with what belongs to it."""
     path = Path(url.partition("//")[2].removeprefix("/") if "sqlite" in url else url[10:])
     path = path if path.is_absolute() else Path("/") / path
-    return sum(one.stat().st_size for one in path.parent.glob(path.name + "*") if one.exists())
+    total = 0
+    for one in path.parent.glob(path.name + "*"):
+        with contextlib.suppress(FileNotFoundError):  # SQLite comes and goes with its own
+            total += one.stat().st_size
+    return total

