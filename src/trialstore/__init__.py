@@ -17,7 +17,6 @@ from optuna.storages import BaseStorage
 
 if TYPE_CHECKING:
     from trialstore import journal as journal
-    from trialstore.arrow import to_arrow
     from trialstore.budget import MaxTrials
     from trialstore.callbacks import (
         RetryFailedTrialCallback,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from trialstore.in_memory import InMemoryStorage
     from trialstore.journal import JournalStorage
     from trialstore.rdb import RDBStorage
+    from trialstore.stores.arrow import to_arrow
     from trialstore.urls import get_storage
 
 __version__ = "0.1.0"
@@ -57,7 +57,7 @@ _HOMES = {
     "fail_stale_trials": "callbacks",
     "get_storage": "urls",
     "run_grpc_proxy_server": "grpc",
-    "to_arrow": "arrow",
+    "to_arrow": "stores.arrow",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What is wrong in a store: what, where, how bad. ``check.py`` collects it, logs contribute.
+"""What is wrong in a store: what, where, how bad. ``stores/check.py`` collects, logs contribute.
 
 Severities:
 

@@ -21,8 +21,8 @@ import stores
 from stores import KINDS, Cli, new_url
 import trialstore
 from trialstore import records as r
+from trialstore.stores.transfer import copy
 from trialstore.testing.contents import storage_contents
-from trialstore.transfer import copy
 
 
 def _contents(url_or_storage: Any) -> Any:

@@ -9,8 +9,8 @@ import optuna
 from optuna.storages import BaseStorage
 import typer
 
-from trialstore.bench import bench as measure
 from trialstore.cli.output import Exit, Json, Url, command, fail, print_json, print_table, progress
+from trialstore.stores.bench import bench as measure
 from trialstore.urls import get_storage
 
 Trials = Annotated[int, typer.Option("--trials", min=1, help="At most so many.")]

@@ -7,7 +7,6 @@ from typing import Annotated
 import msgspec
 import typer
 
-from trialstore.check import check as check_log
 from trialstore.cli.output import (
     Exit,
     Json,
@@ -18,6 +17,7 @@ from trialstore.cli.output import (
     stdout,
 )
 from trialstore.cli.stores import existing_log
+from trialstore.stores.check import check as check_log
 
 Deep = Annotated[
     bool, typer.Option("--deep", help="Also read every page of a SQLite file, every trial.")

@@ -20,7 +20,7 @@ from trialstore.cli.output import (
     stdout,
 )
 from trialstore.cli.stores import any_log, existing_log
-from trialstore.transfer import CopiedStudy, copy as copy_studies
+from trialstore.stores.transfer import CopiedStudy, copy as copy_studies
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="From here.", show_default=False)]
 Target = Annotated[

@@ -8,7 +8,6 @@ from typing import Annotated
 import msgspec
 import typer
 
-from trialstore import files
 from trialstore.cli.output import (
     Exit,
     Json,
@@ -20,9 +19,10 @@ from trialstore.cli.output import (
     stdout,
 )
 from trialstore.cli.stores import any_log, existing_log
-from trialstore.frames import Frame
 from trialstore.scan import Scan
-from trialstore.transfer import receive
+from trialstore.stores import files
+from trialstore.stores.frames import Frame
+from trialstore.stores.transfer import receive
 
 Name = Annotated[str, typer.Option("--study", metavar="NAME", help="Which one.")]
 Output = Annotated[

@@ -6,7 +6,7 @@ from typing import Any
 
 from trialstore.cli.output import Exit, Json, Url, command, print_json, print_table, stdout
 from trialstore.cli.stores import existing_log
-from trialstore.describe import describe
+from trialstore.stores.describe import describe
 
 
 @command

@@ -10,13 +10,13 @@ from typing import Annotated
 import msgspec
 import typer
 
-from trialstore.check import check
 from trialstore.cli.output import Exit, Json, Url, command, fail, print_json, stdout
 from trialstore.cli.stores import existing_log
 from trialstore.log import Entries
 from trialstore.logs.file import FileLog
 from trialstore.logs.relational.log import TablesLog, sqlite_path
-from trialstore.repair import Repaired, mend_tables, repair_journal
+from trialstore.stores.check import check
+from trialstore.stores.repair import Repaired, mend_tables, repair_journal
 from trialstore.urls import open_log
 
 InPlace = Annotated[

@@ -16,8 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("Arrow and Parquet need pyarrow: pip install 'trialstore[cli]'.") from error
 
-from trialstore.frames import MISSING, Column, Frame, as_json, describe_study
 from trialstore.storage import Storage
+from trialstore.stores.frames import MISSING, Column, Frame, as_json, describe_study
 
 _TYPES: Final = {
     "int": pa.int64(),

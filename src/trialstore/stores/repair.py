@@ -14,11 +14,11 @@ from pathlib import Path
 import msgspec
 
 from trialstore import records as r
-from trialstore.check import Audit
 from trialstore.log import CompactableLog, Entries
 from trialstore.logs.relational.mending import mend_tables
 from trialstore.replica import Replica
-from trialstore.salvage import Salvaged, lost_trial, read_entry
+from trialstore.stores.check import Audit
+from trialstore.stores.salvage import Salvaged, lost_trial, read_entry
 
 __all__ = ["Repaired", "mend_tables", "repair_journal"]
 

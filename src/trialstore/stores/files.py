@@ -17,7 +17,7 @@ from typing import Any, Final
 from optuna.trial import TrialState
 
 from trialstore import records as r
-from trialstore.frames import MISSING, WHOLE, Frame, as_json, describe_study, parsed
+from trialstore.stores.frames import MISSING, WHOLE, Frame, as_json, describe_study, parsed
 
 FORMATS: Final = ("csv", "json", "jsonl", "parquet", "arrow")
 
@@ -34,7 +34,7 @@ def write(frame: Frame, path: Path, kind: str, progress: Callable[[int], None]) 
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if kind in ("parquet", "arrow"):
-            from trialstore import arrow
+            from trialstore.stores import arrow
 
             arrow.write(frame, unfinished, kind, progress)
         else:
@@ -116,7 +116,7 @@ def read(path: Path, name: str | None = None) -> tuple[r.PutStudy, Iterator[r.Pu
     if kind == "jsonl":
         about, rows = _read_jsonl(path)
     elif kind in ("parquet", "arrow"):
-        from trialstore import arrow
+        from trialstore.stores import arrow
 
         about, rows = arrow.read(path, kind)
     else:

@@ -21,9 +21,9 @@ from trialstore.contents import parse_distribution
 from trialstore.findings import Finding
 from trialstore.log import Entries, Inspectable, Log
 from trialstore.replica import Replica
-from trialstore.salvage import Salvaged, read_entry
 from trialstore.scan import Scan
 from trialstore.snapshot import restore_base
+from trialstore.stores.salvage import Salvaged, read_entry
 
 
 class Report(msgspec.Struct, frozen=True):
