@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 import contextlib
 import copy
+from datetime import datetime
 import functools
 import logging
 import math
@@ -113,6 +114,8 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._linger_s = linger_s
         self._max_staleness_s = max_staleness_s
         self._is_alone = alone
+        # Times are text in records that leave this process; a replica takes both.
+        self._now: Callable[[], Any] = datetime.now if alone else r.now_text
         self._attribute_value = checks.any_value if alone else checks.json_value
         self._distribution_text = checks.object_text if alone else checks.distribution_text
         self._clock = clock
@@ -514,7 +517,7 @@ class Storage(BaseStorage, BaseHeartbeat):
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         fields: dict[str, Any]
         if template_trial is None:
-            fields = {"datetime_start": r.now_text()}
+            fields = {"datetime_start": self._now()}
         else:
             n_objectives = len(self.get_study_directions(study_id))
             fields = self.template_fields(template_trial, n_objectives)
@@ -599,7 +602,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         exchanger = self._exchanger
         exchanger.raise_rejected(trial_id)
         code = checks.trial_state(state)
-        now = r.now_text()
+        now = self._now()
         record = r.SetTrialStateValues(
             trial_id=trial_id,
             state=code,
