@@ -113,7 +113,7 @@ def fill(log: Any, n_trials: int) -> int:
 def n_bytes(log: Any) -> int:
     """Of all records."""
     if isinstance(log, journal.JournalFileBackend):
-        return Path(log._path).stat().st_size
+        return Path(log.path).stat().st_size
     return sum(len(entry.data or b"") for entry in log.entries())
 
 

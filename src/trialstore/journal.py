@@ -19,7 +19,7 @@ from trialstore.compaction import Compacted, compact, trim
 from trialstore.log import Log, Wanted
 from trialstore.logs.backend import BackendLog
 from trialstore.logs.file import FileLog
-from trialstore.logs.filelock import JournalFileOpenLock, JournalFileSymlinkLock
+from trialstore.logs.file.filelock import JournalFileOpenLock, JournalFileSymlinkLock
 from trialstore.logs.redis import RedisLog
 from trialstore.storage import Storage
 

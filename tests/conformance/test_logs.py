@@ -14,7 +14,7 @@ from backends import ListBackend
 from servers import new_database
 from trialstore.logs.backend import BackendLog
 from trialstore.logs.file import FileLog
-from trialstore.logs.filelock import JournalFileOpenLock
+from trialstore.logs.file.filelock import JournalFileOpenLock
 from trialstore.logs.memory import MemoryLog
 from trialstore.logs.relational.log import TablesLog
 from trialstore.testing.capability_suites import AgeLeases

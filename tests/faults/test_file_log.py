@@ -23,9 +23,8 @@ import pytest
 
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START
-from trialstore.logs import file as file_module, filelock
-from trialstore.logs.file import FileLog
-from trialstore.logs.filelock import JournalFileOpenLock, JournalFileSymlinkLock
+from trialstore.logs.file import FileLog, filelock, journal_file, system
+from trialstore.logs.file.filelock import JournalFileOpenLock, JournalFileSymlinkLock
 from trialstore.records import (
     AnyOperation,
     CreateStudy,
@@ -125,7 +124,7 @@ def test_a_crash_between_any_two_calls_of_an_append(
     tmp_path: Path, kind: str, torn: bytes, space_low: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if space_low:
-        monkeypatch.setattr(file_module, "_SPACE_LOW_BYTES", 1 << 60)
+        monkeypatch.setattr(journal_file, "_SPACE_LOW_BYTES", 1 << 60)
     path = tmp_path / "journal"
     before: list[AnyOperation] = [study(), trial(1)]
     if torn == b"glued":
@@ -184,17 +183,16 @@ def test_a_crash_between_any_two_calls_of_a_snapshot(tmp_path: Path) -> None:
 _STOPPED_IN_THE_MIDDLE = """
 import sys
 from trialstore.log import NOTHING, START
-from trialstore.logs.file import FileLog
-from trialstore.logs import filelock
+from trialstore.logs.file import FileLog, filelock
 from trialstore.records import CreateTrial
 path = sys.argv[1]
 log = FileLog(path, getattr(filelock, sys.argv[2])(path))
-original = log._write
+original = log._file._write
 def write(data, end):
     print("holding", flush=True)
     sys.stdin.readline()
     return original(data, end)
-log._write = write
+log._file._write = write
 time = "2026-01-02T03:04:05.678901+00:00"
 batch = log.exchange(
     [CreateTrial(worker_id="stopped", seq=0, study_id=0, datetime_start=time)], START, NOTHING
@@ -254,8 +252,8 @@ def fill(path: Path, records: list[AnyOperation], room: int) -> BaseException | 
             limit = path.stat().st_size + room
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             log = FileLog(str(path))
-            log._acquire()  # the lock's own small files are not limited here
-            log._release()
+            log._file.acquire()  # the lock's own small files are not limited here
+            log._file.release()
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             try:
                 log.exchange(records, START, NOTHING)  # type: ignore[arg-type]
@@ -277,7 +275,7 @@ def fill(path: Path, records: list[AnyOperation], room: int) -> BaseException | 
 def test_full_at_every_byte_of_a_batch(
     tmp_path: Path, space_low: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_module, "_SPACE_LOW_BYTES", 1 << 60 if space_low else 0)
+    monkeypatch.setattr(journal_file, "_SPACE_LOW_BYTES", 1 << 60 if space_low else 0)
     path = tmp_path / "journal"
     before: list[AnyOperation] = [study(), attr(0, "x" * 2000)]  # larger than a lock file
     new: list[AnyOperation] = [trial(1), trial(2)]
@@ -317,7 +315,7 @@ def test_a_write_that_fails_is_unavailable(
     with pytest.raises(LogUnavailableError, match=str(path)):
         log.exchange([trial(1)], cursor, NOTHING)
     monkeypatch.setattr(os, "write", original)
-    assert left_over(path, log._lock) == set()
+    assert left_over(path, log._file.lock) == set()
     assert log.exchange([trial(2)], cursor, NOTHING).news == [trial(2)]
 
 
@@ -341,7 +339,7 @@ def test_a_failed_sync_is_no_success_later(
         events.append(("again", bytes(data)))
         return pwrite(fd, data, offset)
 
-    monkeypatch.setattr(file_module, "sync_fd", sync)
+    monkeypatch.setattr(system, "sync_fd", sync)
     monkeypatch.setattr(os, "pwrite", traced)
     cursor = log.exchange([attr(1, 1)], cursor, NOTHING).cursor  # not synced by itself
     with pytest.raises(OutcomeUnknownError, match="not synced"):
@@ -432,7 +430,7 @@ def test_a_read_that_fails_after_the_write_is_no_refusal(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return 0
 
-    monkeypatch.setattr(log, "_read_identity", broken)
+    monkeypatch.setattr(log._file, "_read_identity", broken)
     with pytest.raises(OutcomeUnknownError, match="appended, but"):
         log.exchange([study()], START, NOTHING)
     monkeypatch.undo()

@@ -87,7 +87,7 @@ class Worker:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                logger = logging.getLogger("trialstore.logs.filelock")
+                logger = logging.getLogger("trialstore.logs.file.filelock")
                 logger.addHandler(DiesOfPatience(logging.WARNING))
                 journal = str(folder / "journal")
                 work(journal, name, lock, kind, lambda line: os.write(said, f"{line}\n".encode()))

@@ -26,8 +26,8 @@ from trialstore.errors import (
     LogUnavailableError,
 )
 from trialstore.log import NOTHING, START, Marks
-from trialstore.logs import file as file_log, head as heads
-from trialstore.logs.file import FileLog
+from trialstore.logs import head as heads
+from trialstore.logs.file import FileLog, system
 from trialstore.records import Outcome, Verdict
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import ManualClock
@@ -621,10 +621,10 @@ def _die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return called
 
-    for name in ("_write_all", "_pwrite", "sync_fd", "_sync_folder"):
-        monkeypatch.setattr(file_log, name, dying(getattr(file_log, name)))
+    for name in ("write_all", "pwrite", "sync_fd", "sync_folder"):
+        monkeypatch.setattr(system, name, dying(getattr(system, name)))
     for name in ("ftruncate", "replace", "unlink"):
-        monkeypatch.setattr(file_log.os, name, dying(getattr(os, name)))
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
 
 
 @pytest.mark.servers
@@ -684,14 +684,14 @@ def test_an_evicted_writer_whose_file_is_replaced_writes_again(tmp_path: Path) -
     storage = trialstore.JournalStorage(_unlocked(path))
     study = optuna.create_study(storage=storage, study_name="s")
     log = storage._exchanger.log
-    write = log._write  # type: ignore[attr-defined]
+    write = log._file._write  # type: ignore[attr-defined]
 
     def write_late(data: bytes, end: int) -> int:
-        log._write = write  # type: ignore[attr-defined]
+        log._file._write = write  # type: ignore[attr-defined]
         journal.compact(_unlocked(path))
         return write(data, end)
 
-    log._write = write_late  # type: ignore[attr-defined]
+    log._file._write = write_late  # type: ignore[attr-defined]
     study.set_user_attr("k", 1)
     assert _file(tmp_path).open().get_study_user_attrs(0) == {"k": 1}
     assert storage.get_study_user_attrs(0) == {"k": 1}
@@ -708,24 +708,24 @@ def test_what_an_evicted_writer_wrote_to_the_old_file_is_there_once(
     log = storage._exchanger.log
     ids: list[int] = []
     if at == "written":
-        is_in_place = log._is_in_place  # type: ignore[attr-defined]
+        is_in_place = log._file._is_in_place  # type: ignore[attr-defined]
 
         def look_late() -> bool:
-            log._is_in_place = is_in_place  # type: ignore[attr-defined]
+            log._file._is_in_place = is_in_place  # type: ignore[attr-defined]
             journal.compact(_unlocked(path))
             return bool(is_in_place())
 
-        log._is_in_place = look_late  # type: ignore[attr-defined]
+        log._file._is_in_place = look_late  # type: ignore[attr-defined]
         ids.append(storage.create_new_trial(0))
     else:
         replace = os.replace
 
         def replace_late(source: str, target: str) -> None:
-            monkeypatch.setattr(file_log.os, "replace", replace)
+            monkeypatch.setattr(os, "replace", replace)
             ids.append(storage.create_new_trial(0))
             replace(source, target)
 
-        monkeypatch.setattr(file_log.os, "replace", replace_late)
+        monkeypatch.setattr(os, "replace", replace_late)
         journal.compact(_unlocked(path))
     assert ids == [2]
     assert [trial.number for trial in storage.get_all_trials(0)] == [0, 1, 2]

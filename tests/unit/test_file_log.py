@@ -20,8 +20,7 @@ import pytest
 
 from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, START, SnapshotStore
-from trialstore.logs import file as file_module
-from trialstore.logs.file import FileLog
+from trialstore.logs.file import FileLog, journal_file, system
 from trialstore.records import (
     AnyOperation,
     CreateStudy,
@@ -112,7 +111,7 @@ def test_nan_among_many_lines_is_read(log: FileLog, path: Path) -> None:
 
 
 def test_files_larger_than_a_chunk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_module, "_CHUNK_BYTES", 128)
+    monkeypatch.setattr(journal_file, "CHUNK_BYTES", 128)
     records = [study(), trial(1), *(attr(seq, "x" * (seq * 17)) for seq in range(2, 60))]
     path.write_bytes(b"".join(map(encode_line, records)))
     assert read_all(path) == records
@@ -134,14 +133,14 @@ def test_an_evicted_holder_that_wrote_in_between_is_seen(
     log: FileLog, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cursor = log.exchange([study()], START, NOTHING).cursor
-    original = log._write
+    original = log._file._write
 
     def late(data: bytes, end: int) -> int:
         with path.open("ab") as file:
             file.write(encode_line(trial(7)))
         return original(data, end)
 
-    monkeypatch.setattr(log, "_write", late)
+    monkeypatch.setattr(log._file, "_write", late)
     batch = log.exchange([trial(8)], cursor, NOTHING)
     assert seqs(batch.news) == [7, 8]
     assert batch.cursor == FileLog(str(path)).exchange([], START, NOTHING).cursor
@@ -167,7 +166,7 @@ def test_nothing_new_costs_one_system_call(log: FileLog, monkeypatch: pytest.Mon
     def refuse(*args: Any) -> bytes:
         raise AssertionError("read although nothing is new")
 
-    monkeypatch.setattr(file_module, "_pread", refuse)
+    monkeypatch.setattr(system, "pread", refuse)
     assert log.exchange([], cursor, NOTHING).news == []
 
 
@@ -230,7 +229,7 @@ def test_durability_process_never_syncs(path: Path) -> None:
 def test_sync_after_the_release_on_a_local_file_system_and_before_it_elsewhere(
     path: Path, local: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_module, "file_system_is_local", lambda path: local)
+    monkeypatch.setattr(journal_file, "file_system_is_local", lambda path: local)
     events = []
 
     class Traced(BaseJournalFileLock):
@@ -243,7 +242,7 @@ def test_sync_after_the_release_on_a_local_file_system_and_before_it_elsewhere(
 
     log = FileLog(str(path), Traced())
     cursor = log.exchange([study()], START, NOTHING).cursor
-    monkeypatch.setattr(file_module, "sync_fd", lambda fd: events.append("sync"))
+    monkeypatch.setattr(system, "sync_fd", lambda fd: events.append("sync"))
     events.clear()
     batch = log.exchange([trial(1)], cursor, NOTHING)
     assert events == ["acquire", *(["release", "sync"] if local else ["sync", "release"])]
@@ -411,13 +410,13 @@ def test_damage_seen_without_the_lock_is_looked_at_again_with_it(
     records = acknowledged(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:150] + b"\0" * 20 + whole[170:])
-    original = log._acquire
+    original = log._file.acquire
 
     def arrives() -> None:
         original()
         path.write_bytes(whole)
 
-    monkeypatch.setattr(log, "_acquire", arrives)
+    monkeypatch.setattr(log._file, "acquire", arrives)
     assert list(log.exchange([], START, NOTHING).news) == records
 
 
@@ -465,9 +464,9 @@ def test_a_file_that_lost_what_was_read_is_noticed(log: FileLog, path: Path, how
 
 def test_the_file_stays_open_and_closes(log: FileLog) -> None:
     cursor = log.exchange([study()], START, NOTHING).cursor
-    fd = log._fd
+    fd = log._file.fd
     log.exchange([trial(1)], cursor, NOTHING)
-    assert log._fd == fd
+    assert log._file.fd == fd
     log.close()
     with pytest.raises(OSError):
         os.fstat(fd)
@@ -488,24 +487,24 @@ def test_pickle_carries_path_lock_and_options(path: Path) -> None:
     log = FileLog(str(path), OptunaOpenLock(str(path)), durability="process")
     cursor = log.exchange([study()], START, NOTHING).cursor
     copy = pickle.loads(pickle.dumps(log))
-    assert type(copy._lock) is OptunaOpenLock
-    assert copy._durability == "process"
+    assert type(copy._file.lock) is OptunaOpenLock
+    assert copy._file.durability == "process"
     assert seqs(copy.exchange([trial(1)], cursor, NOTHING).news) == [1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_opens_for_itself(log: FileLog, path: Path) -> None:
     cursor = log.exchange([study()], START, NOTHING).cursor
-    log._mutex.acquire()  # as if another thread were in an exchange
+    log._file.mutex.acquire()  # as if another thread were in an exchange
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            if log._fd < 0 and seqs(log.exchange([trial(1)], cursor, NOTHING).news) == [1]:
+            if log._file.fd < 0 and seqs(log.exchange([trial(1)], cursor, NOTHING).news) == [1]:
                 status = 0
         finally:
             os._exit(status)
-    log._mutex.release()
+    log._file.mutex.release()
     assert os.waitpid(child, 0)[1] == 0
     assert seqs(log.exchange([trial(2)], cursor, NOTHING).news) == [1, 2]
 
@@ -600,7 +599,7 @@ def test_foreign_stale_and_damaged_snapshots_are_ignored(log: FileLog, path: Pat
 def test_one_writer_of_a_snapshot_at_a_time(log: FileLog, path: Path) -> None:
     cursor = log.exchange([study()], START, NOTHING).cursor
     busy = os.open(f"{path}.snapshot.new", os.O_WRONLY | os.O_CREAT)
-    file_module.fcntl.flock(busy, file_module.fcntl.LOCK_EX)
+    system.fcntl.flock(busy, system.fcntl.LOCK_EX)
     assert not log.save_snapshot(pytest.fail)
     assert log.load_snapshot() is None
     os.close(busy)

@@ -25,8 +25,8 @@ from optuna.storages.journal import (
 import pytest
 
 from trialstore.errors import LogUnavailableError
-from trialstore.logs import filelock
-from trialstore.logs.filelock import JournalFileOpenLock, JournalFileSymlinkLock
+from trialstore.logs.file import filelock
+from trialstore.logs.file.filelock import JournalFileOpenLock, JournalFileSymlinkLock
 from trialstore.testing.clock import ManualClock
 
 OURS = [JournalFileSymlinkLock, JournalFileOpenLock]
@@ -35,7 +35,7 @@ _DEADLINE_S = 60.0
 
 _HOLD = """
 import os, sys, time
-from trialstore.logs import filelock
+from trialstore.logs.file import filelock
 lock = getattr(filelock, sys.argv[1])(sys.argv[2])
 lock.acquire()
 print("held", flush=True)
@@ -314,7 +314,7 @@ def test_12_processes_break_one_stale_lock_and_one_evicts_it(kind: Any, path: st
     def work() -> int:
         """How many it evicted; 100 if somebody else was inside."""
         evictions = Evictions(logging.WARNING)
-        logging.getLogger("trialstore.logs.filelock").addHandler(evictions)
+        logging.getLogger("trialstore.logs.file.filelock").addHandler(evictions)
         lock = kind(path, grace_period=3)
         lock.acquire()
         try:
@@ -423,7 +423,7 @@ def test_an_interrupted_wait_leaves_nothing(kind: Any, path: str) -> None:
 
 _FORK = """
 import os, sys, time
-from trialstore.logs.filelock import JournalFileSymlinkLock
+from trialstore.logs.file.filelock import JournalFileSymlinkLock
 lock = JournalFileSymlinkLock(sys.argv[1])
 lock.acquire()
 child = os.fork()

@@ -10,7 +10,7 @@ looked at, and workers whose clocks are hours apart agree on who is dead.
 Source: docs/formats/journal.md, "Beats"; utimensat(2).
 """
 
-# As in file.py, which system calls are made is the subject.
+# Which system calls are made is the subject here; pathlib hides it.
 # ruff: noqa: PTH103, PTH108, PTH112, PTH118
 
 from __future__ import annotations

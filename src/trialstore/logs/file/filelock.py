@@ -14,7 +14,8 @@ when it has not changed for ``grace_period`` seconds of our looking at it. So do
 itself, when its holder is stopped rather than dead: a fresh queue file takes its place.
 
 Exclusion can thus fail in one way: a holder was stopped for longer than the grace period, was
-evicted, and goes on. That is why ``file.py`` writes nothing that would harm without the lock.
+evicted, and goes on. That is why ``journal_file.py`` writes nothing that would harm without the
+lock.
 
 Durations are of this process' monotonic clock, and a process that was itself stopped does not
 count the time it missed. No two machines' clocks are compared, and no process id is asked
