@@ -167,7 +167,7 @@ def drop_snapshot(storage: trialstore.JournalStorage) -> None:
     if saver is not None:
         saver.join()
     log: Any = storage._exchanger.log
-    log._ask(lambda door: door.command("DEL", log._snapshot_key))
+    log._connection.ask(lambda door: door.command("DEL", log._keys.snapshot))
 
 
 def in_child(sample: Callable[[str], float]) -> Callable[[str], float]:

@@ -64,7 +64,8 @@ def age_heartbeats(engine: sa.Engine, duration_s: float) -> None:
 
 def age_hash(log: RedisLog, duration_s: float) -> None:
     """The fields of our hash in Redis."""
-    key, ms = log._leases_key, int(duration_s * 1000)
-    for owner in log._ask(lambda door: door.command("HKEYS", key)):
+    key, ms = log._keys.leases, int(duration_s * 1000)
+    ask = log._connection.ask
+    for owner in ask(lambda door: door.command("HKEYS", key)):
         change = ("HINCRBY", key, owner, -ms)
-        log._ask(lambda door, change=change: door.command(*change))  # type: ignore[misc]
+        ask(lambda door, change=change: door.command(*change))  # type: ignore[misc]

@@ -6,7 +6,7 @@ abstract classes, so that backends and locks written for Optuna work here.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._base import BaseJournalSnapshot
@@ -16,6 +16,7 @@ from trialstore import snapshot as snapshots
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
 from trialstore.compaction import Compacted, compact, trim
+from trialstore.credentials import secret
 from trialstore.log import Log, Wanted
 from trialstore.logs.backend import BackendLog
 from trialstore.logs.file import FileLog
@@ -58,10 +59,34 @@ class JournalRedisBackend(RedisLog):
             prefix with a hash tag, say ``{study}``.
         prefix: Of every key.
         durability: "full" warns of settings under which the server may lose what it acknowledged.
+        password_file: File that holds the server's password, if it is not in the URL; a pickle
+            carries the file's name, not the password.
+        password_env: Environment variable that holds it, likewise.
 
     Raises:
         ImportError: The ``redis`` package is not installed.
+        ValueError: The URL can't be used, or a password has two places.
     """
+
+    def __init__(
+        self,
+        url: str,
+        use_cluster: bool = False,
+        prefix: str = "",
+        *,
+        durability: Literal["full", "process"] = "full",
+        password_file: str | None = None,
+        password_env: str | None = None,
+        clock: Clock = CLOCK,
+    ) -> None:
+        super().__init__(
+            url,
+            use_cluster,
+            prefix,
+            durability=durability,
+            password=secret(password_file, password_env),
+            clock=clock,
+        )
 
 
 class JournalStorage(Storage):

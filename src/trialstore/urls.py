@@ -147,7 +147,7 @@ def _journal_file(path: str, options: dict[str, Any]) -> BaseStorage:
 def _journal_in_redis(url: str, options: dict[str, Any]) -> BaseStorage:
     from trialstore.journal import JournalStorage
 
-    of_backend = ("use_cluster", "prefix", "durability")
+    of_backend = ("use_cluster", "prefix", "durability", "password_file", "password_env")
     backend = _redis_backend(url, {n: v for n, v in options.items() if n in of_backend})
     return JournalStorage(backend, **{n: v for n, v in options.items() if n not in of_backend})
 

@@ -79,8 +79,17 @@ class _LossyDoor:
 class _LossyLog(RedisLog):
     rule: Any = staticmethod(lambda send: send())
 
-    def _open_door(self) -> Any:
-        return _LossyDoor(super()._open_door(), lambda send: self.rule(send))
+    def _begin(self) -> None:
+        super()._begin()
+        open_door = self._connection.open_door
+        self._connection.open_door = lambda: _LossyDoor(  # type: ignore[method-assign]
+            open_door(), lambda send: self.rule(send)
+        )
+
+
+def _drop_instead_of_closing(log: RedisLog) -> None:
+    connection = log._connection
+    connection.hang_up = lambda: setattr(connection, "door", None)  # type: ignore[method-assign]
 
 
 class _Where:
@@ -209,7 +218,7 @@ def test_an_attempt_that_arrives_after_its_retry_changes_nothing(atomic: _Where)
     cursor = log.exchange([], START, NOTHING).cursor
     log.rule = delay
     # The delayed request keeps its own connection, as one in a server's buffer does.
-    log._hang_up = lambda: setattr(log, "_door", None)  # type: ignore[method-assign]
+    _drop_instead_of_closing(log)
     cursor = log.exchange([_study(0), _study(1)], cursor, NOTHING).cursor
     atomic.open().exchange([_study(0, "other")], START, NOTHING)
     (send,) = late
@@ -331,13 +340,13 @@ class _Killed(BaseException):
 def test_a_writer_killed_between_reserving_and_writing_stops_nobody(slots: _Where) -> None:
     log = slots.lossy()
     cursor = log.exchange([_study(0)], START, NOTHING).cursor
-    reserve = log._reserve
+    reserve = log._by_hand._reserve
 
     def reserve_and_die(door: Any, count: int) -> int:
         reserve(door, count)
         raise _Killed
 
-    log._reserve = reserve_and_die  # type: ignore[method-assign]
+    log._by_hand._reserve = reserve_and_die  # type: ignore[method-assign]
     with pytest.raises(_Killed):
         log.exchange([_study(1), _study(2)], cursor, NOTHING)
     other = slots.open(clock=ManualClock())
@@ -349,7 +358,7 @@ def test_a_stopped_writer_whose_numbers_were_filled_gets_others(slots: _Where) -
     log = slots.lossy()
     cursor = log.exchange([_study(0)], START, NOTHING).cursor
     once = iter([True])
-    reserve = log._reserve
+    reserve = log._by_hand._reserve
 
     def reserve_and_stop(door: Any, count: int) -> int:
         number = reserve(door, count)
@@ -357,7 +366,7 @@ def test_a_stopped_writer_whose_numbers_were_filled_gets_others(slots: _Where) -
             slots.open(clock=ManualClock()).exchange([], START, NOTHING)
         return number
 
-    log._reserve = reserve_and_stop  # type: ignore[method-assign]
+    log._by_hand._reserve = reserve_and_stop  # type: ignore[method-assign]
     batch = log.exchange([_study(1), _study(2)], cursor, NOTHING)
     kinds = [type(record).__name__ for record in batch.news]
     assert kinds == ["DeleteStudy", "DeleteStudy", "CreateStudy", "CreateStudy"]
@@ -371,7 +380,7 @@ def test_a_batch_that_was_filled_in_part_is_never_stored_twice(
     log = slots.lossy()
     cursor = log.exchange([_study(0)], START, NOTHING).cursor
     once = iter([True])
-    inner_connect = log._open_door
+    inner_connect = log._connection.open_door
 
     def open_door() -> Any:
         door = inner_connect()
@@ -387,7 +396,7 @@ def test_a_batch_that_was_filled_in_part_is_never_stored_twice(
         return door
 
     log.close()
-    log._open_door = open_door  # type: ignore[method-assign]
+    log._connection.open_door = open_door  # type: ignore[method-assign]
     records = [_study(1), _study(2), _study(3)]
     if written == 0:
         log.exchange(records, cursor, NOTHING)
@@ -514,7 +523,7 @@ def test_a_conditional_append_that_arrives_after_its_retry_changes_nothing(atomi
 
     counter = _Counter(atomic.lossy(delay))
     # The delayed request keeps its own connection, as one in a server's buffer does.
-    counter.log._hang_up = lambda: setattr(counter.log, "_door", None)  # type: ignore[method-assign]
+    _drop_instead_of_closing(counter.log)
     assert counter.add() == 1
     late[0]()
     assert _numbers(atomic.open()) == [(1, 1)]
@@ -565,7 +574,7 @@ def test_a_turn_that_is_not_used_is_given_back(atomic: _Where, how: str) -> None
 
 def test_a_conditional_append_that_was_filled_is_decided_again(slots: _Where) -> None:
     counter = _Counter(slots.open())
-    reserve = counter.log._reserve_after
+    reserve = counter.log._by_hand._reserve_after
     once = iter([True])
 
     def reserve_and_stop(last: int, count: int) -> bool:
@@ -574,7 +583,7 @@ def test_a_conditional_append_that_was_filled_is_decided_again(slots: _Where) ->
             slots.open(clock=ManualClock()).exchange([], START, NOTHING)
         return taken
 
-    counter.log._reserve_after = reserve_and_stop  # type: ignore[method-assign]
+    counter.log._by_hand._reserve_after = reserve_and_stop  # type: ignore[method-assign]
     assert counter.add() == 1
     assert counter.n_decisions == 2
     assert _numbers(slots.open()) == [(1, 1)]

@@ -366,7 +366,7 @@ def test_a_reader_far_behind_whose_journal_becomes_shorter(
     trimmable: _Journal, n_known: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the script's answer and the reading of the records that it told of."""
-    monkeypatch.setattr("trialstore.logs.redis._NEWS_MAX", 20)
+    monkeypatch.setattr("trialstore.logs.redis.log._NEWS_MAX", 20)
     log = trimmable.open_log()
     cursor = START
     for seq in range(60):
@@ -378,11 +378,12 @@ def test_a_reader_far_behind_whose_journal_becomes_shorter(
         if seq + 1 == n_known:
             known = cursor
     reader = trimmable.open_log()
-    reader._clock = ManualClock()
-    get = reader._get
+    clock = ManualClock()
+    reader._connection.clock = clock
+    get = reader._reader.get
 
     def get_late(numbers: Any) -> Any:
-        reader._get = get
+        reader._reader.get = get
         late = compaction.compact
 
         def image(reading: Any) -> Iterator[bytes]:
@@ -396,16 +397,17 @@ def test_a_reader_far_behind_whose_journal_becomes_shorter(
     if n_known == 60:
         # In the middle of what is compacted.
         log.exchange([_study(60 + n) for n in range(40)], cursor, NOTHING)
-    reader._get = get_late
+    reader._reader.get = get_late
     try:
         news = reader.exchange([], known if n_known else START, NOTHING).news
     except LogCompactedError:
         assert n_known
     else:
         assert [record.worker_id for record in news][1:] == ["short"]
-    assert reader._clock.slept_s == 0
-    last = reader._ask(reader._last_number)
-    assert not reader._ask(lambda door: door.command("EXISTS", reader._key(last + 1)))
+    assert clock.slept_s == 0
+    ask = reader._connection.ask
+    behind = reader._keys.record(ask(reader._reader.last_number) + 1)
+    assert not ask(lambda door: door.command("EXISTS", behind))
 
 
 class _Forgetful:
@@ -634,14 +636,14 @@ def test_a_kill_or_a_lost_answer_at_any_step_on_redis(
     change: Any, is_answered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed, or, where ``is_answered`` is not, its answers lost: old or new, never half."""
-    monkeypatch.setattr("trialstore.logs.redis._PIECE_RECORDS", 40)
+    monkeypatch.setattr("trialstore.logs.redis.compaction._PIECE_RECORDS", 40)
     trimmable = _KINDS["redis"](tmp_path)
     storage = trimmable.open()
     _fill(storage)
     before = storage_contents(trimmable.open())
     for step in range(200):
         log = trimmable.open_log()
-        run = log._step
+        run = log._compactor._step
         steps = iter(range(1000))
         reached = False
 
@@ -654,12 +656,12 @@ def test_a_kill_or_a_lost_answer_at_any_step_on_redis(
                 run(*args)
             return run(*args)
 
-        log._step = dying
+        log._compactor._step = dying
         try:
             change(log)
         except _Killed:
             # Nobody is left to release the lock; it expires.
-            log._ask(lambda door: door.command("DEL", log._compacting_key))  # noqa: B023
+            log._connection.ask(lambda door: door.command("DEL", log._keys.compacting))  # noqa: B023
         assert storage_contents(trimmable.open()) == before, f"step {step}"
         assert storage_contents(storage) == before
         optuna.load_study(study_name="kept", storage=storage).set_user_attr("n", step)
@@ -668,8 +670,8 @@ def test_a_kill_or_a_lost_answer_at_any_step_on_redis(
             break
     assert step > 4
     log = trimmable.open_log()
-    keys = log._ask(lambda door: door.command("EXISTS", log._stale_key, log._new_key(1)))
-    assert keys == 0
+    left = (log._keys.stale, log._keys.new(1))
+    assert log._connection.ask(lambda door: door.command("EXISTS", *left)) == 0
 
 
 # --- without exclusion ---------------------------------------------------------------------------
@@ -744,8 +746,9 @@ def test_a_trimmed_journal_has_everything_and_few_records(trimmable: _Journal) -
     for _ in range(2):
         journal.trim(trimmable.open_log())
         log = trimmable.open_log()
-        last = log._ask(log._last_number)
-        assert [n for n, line in enumerate(log._get(range(last + 1))) if line] == [0, 1, last]
+        last = log._connection.ask(log._reader.last_number)
+        lines = log._reader.get(range(last + 1))
+        assert [n for n, line in enumerate(lines) if line] == [0, 1, last]
         assert storage_contents(trimmable.open()) == before
         assert storage_contents(lagging) == before
         assert storage_contents(waiting) == before
@@ -785,7 +788,7 @@ def test_a_trimmed_journal_without_its_snapshot_says_so(trimmable: _Journal) -> 
     _fill(trimmable.open())
     journal.trim(trimmable.open_log())
     log = trimmable.open_log()
-    log._ask(lambda door: door.command("DEL", log._base_key))
+    log._connection.ask(lambda door: door.command("DEL", log._keys.base))
     with pytest.raises(LogCompactedError, match="trialstore:base"):
         trimmable.open()
 

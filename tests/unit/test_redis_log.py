@@ -24,8 +24,8 @@ import trialstore
 from trialstore import records as r
 from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, START, SnapshotStore
-from trialstore.logs import redis as redis_log
 from trialstore.logs.redis import RedisLog
+from trialstore.logs.redis.keys import has_hash_tag
 from trialstore.testing.capability_suites import AgeLeases
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import CountingProxy, ManualClock
@@ -325,7 +325,7 @@ def test_a_record_that_arrives_while_its_absence_is_judged(where: _Where) -> Non
     log = where.open()
     cursor = log.exchange([_study("a", 0)], START, NOTHING).cursor
     number = where.hole()
-    was_written = log._was_written
+    was_written = log._reader.was_written
 
     def arrive_first(missing: int) -> bool:
         where.optuna_append(number, "slow")
@@ -334,7 +334,7 @@ def test_a_record_that_arrives_while_its_absence_is_judged(where: _Where) -> Non
         assert was_written(missing)
         return True
 
-    log._was_written = arrive_first  # type: ignore[method-assign]
+    log._reader.was_written = arrive_first  # type: ignore[method-assign]
     batch = log.exchange([], cursor, NOTHING)
     assert batch.news[0].worker_id == "slow"  # type: ignore[union-attr]
 
@@ -390,15 +390,15 @@ def test_a_deleted_number_key_is_corruption(where: _Where) -> None:
 
 def _between_two_looks(log: RedisLog, happens: Callable[[], object]) -> None:
     """Have something happen right after a log on a plain prefix has read the number."""
-    look = log._last_number
+    look = log._reader.last_number
 
     def look_once(door: Any) -> int:
-        log._last_number = look  # type: ignore[method-assign]
+        log._reader.last_number = look  # type: ignore[method-assign]
         last = look(door)
         happens()
         return last
 
-    log._last_number = look_once  # type: ignore[method-assign]
+    log._reader.last_number = look_once  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("n_before", [0, 2])
@@ -694,7 +694,9 @@ def test_a_wrong_url_is_refused_without_quoting_it(url: str) -> None:
 def test_a_pickle_carries_the_address_and_the_options_only(standalone: _Where) -> None:
     log = standalone.open(durability="process")
     log.exchange([_study("a", 0)], START, NOTHING)
-    assert set(log.__getstate__()) == {"url", "use_cluster", "prefix", "durability", "clock"}
+    assert set(log.__getstate__()) == {
+        "url", "use_cluster", "prefix", "durability", "password", "clock"
+    }  # fmt: skip
     copy = pickle.loads(pickle.dumps(log))
     assert len(copy.exchange([], START, NOTHING).news) == 1
 
@@ -754,9 +756,8 @@ def test_a_wrong_address_is_told_of_soon() -> None:
 
 
 def test_hash_tags() -> None:
-    has = redis_log._has_hash_tag
-    assert has("{a}") and has("x{a}b") and has("{a}{b}")
-    assert not any(map(has, ["", "a", "{}", "{}a", "{a", "a}", "}{", "{}{a}"]))
+    assert all(map(has_hash_tag, ["{a}", "x{a}b", "{a}{b}"]))
+    assert not any(map(has_hash_tag, ["", "a", "{}", "{}a", "{a", "a}", "}{", "{}{a}"]))
 
 
 def test_trials_of_all_states_survive_a_new_process(where: _Where) -> None:

@@ -1,6 +1,6 @@
 -- The steps of a compaction, and of a trim. Each may run again when its answer was lost.
 --
--- ARGV[1] names the step. A step that holds the journal to be what it was returns as redis.lua
+-- ARGV[1] names the step. A step that holds the journal to be what it was returns as exchange.lua
 -- does; 'lost' says that the lock is another's by now, and that nothing was changed.
 --
 -- KEYS[1]  PREFIX:log_number

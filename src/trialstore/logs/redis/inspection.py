@@ -1,0 +1,67 @@
+"""What a journal in Redis says about itself: its records as they are, facts, what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from trialstore.findings import Finding
+from trialstore.log import START, Cursor, Entry
+from trialstore.logs.redis.driver import as_bytes
+from trialstore.logs.redis.position import Position
+from trialstore.logs.redis.reading import CHUNK_RECORDS, Reader
+from trialstore.logs.redis.snapshots import Snapshots
+
+# So many numbers behind the last one are looked at.
+_BEYOND_MAX: Final = 1000
+
+
+def entries(reader: Reader, cursor: Cursor) -> Iterator[Entry]:
+    """The records after ``cursor``, as they are."""
+    first = 0 if cursor is START else Position(*cursor).number
+    last = reader.connection.ask(reader.last_number)
+    for begin in range(first, last + 1, CHUNK_RECORDS):
+        numbers = range(begin, min(begin + CHUNK_RECORDS, last + 1))
+        with reader.connection.mutex:
+            lines = reader.get(numbers)
+        for number, line in zip(numbers, lines, strict=True):
+            yield Entry(reader.key_name(number), None if line is None else as_bytes(line))
+
+
+def facts(reader: Reader) -> dict[str, Any]:
+    """See ``Described``."""
+    stored = reader.connection.ask(lambda door: door.command("STRLEN", reader.keys.snapshot))
+    return {
+        "kind": "journal in Redis",
+        "address": reader.connection.address,
+        "prefix": reader.keys.prefix,
+        "n_records": reader.connection.ask(reader.last_number) + 1,
+        "snapshot_bytes": int(stored) or None,
+    }
+
+
+def findings(reader: Reader, snapshots: Snapshots) -> Iterator[Finding]:
+    """See ``Inspectable``: what is beside the records."""
+    last = reader.connection.ask(reader.last_number)
+    with reader.connection.mutex:
+        beyond = reader.get(range(last + 1, last + 1 + _BEYOND_MAX))
+    # What a killed compaction has left is passed over, and removed by the next one.
+    stale = int(reader.connection.ask(lambda door: door.command("GET", reader.keys.stale)) or -1)
+    ahead = [last + 1 + n for n, line in enumerate(beyond) if line is not None]
+    ahead = [number for number in ahead if number > stale]
+    if ahead:
+        yield Finding(
+            "counter-behind",
+            reader.connection.name,
+            f"The counter says {last}, but there are records up to {ahead[-1]}; new records "
+            "would overwrite them.",
+        )
+    stored = reader.connection.ask(lambda door: door.command("GET", reader.keys.snapshot))
+    if stored is not None and snapshots.load() is None:
+        yield Finding(
+            "snapshot-unusable",
+            f"{reader.connection.address} {reader.keys.snapshot}",
+            "The snapshot is damaged or of another journal. It is ignored and replaced in "
+            "time; nothing is lost.",
+            "note",
+        )
