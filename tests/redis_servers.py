@@ -48,12 +48,13 @@ class OptionsServer(RedisServer):
 
 
 class ClusterNode(OptionsServer):
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         # By default the nodes talk on the port plus 10,000, which may not exist.
         self.bus_port = free_port()
         super().__init__(
             "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf",
             "--cluster-node-timeout", "2000", "--cluster-port", str(self.bus_port),
+            *options,
         )  # fmt: skip
 
 
@@ -141,10 +142,16 @@ class TLSServer(Server):
 
 
 class Sentinel(RedisServer):
-    """Watches one master under the name ``journals``."""
+    """Watches one master under the name ``journals``.
 
-    def __init__(self, master: RedisServer) -> None:
+    Args:
+        master: To watch.
+        password: The master's.
+    """
+
+    def __init__(self, master: RedisServer, password: str | None = None) -> None:
         self._master = master
+        self._password = password
         super().__init__()
 
     def initialize(self) -> None:
@@ -152,6 +159,7 @@ class Sentinel(RedisServer):
         config.write_text(
             f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
             f"sentinel monitor journals 127.0.0.1 {self._master.port} 1\n"
+            + (f'sentinel auth-pass journals "{self._password}"\n' if self._password else "")
         )
         if self._account is not None:
             os.chown(config, self._account.pw_uid, self._account.pw_gid)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import json
 import logging
 import os
 from pathlib import Path
 import pickle
 import re
+import time
+import traceback
 from typing import Any
 from urllib.parse import quote
 
@@ -18,11 +21,24 @@ from optuna.trial import TrialState
 import pytest
 
 from ageing import age_hash
-from redis_servers import OptionsServer, Sentinel, TLSServer, new_prefix, shared_cluster
+from redis_servers import (
+    ClusterNode,
+    OptionsServer,
+    Sentinel,
+    TLSServer,
+    new_prefix,
+    shared_cluster,
+)
 from servers import find_binary, shared_redis
 import trialstore
 from trialstore import records as r
-from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
+from trialstore.errors import (
+    LogCorruptError,
+    LogReplacedError,
+    LogUnavailableError,
+    SecretNotFoundError,
+)
+from trialstore.journal import JournalRedisBackend
 from trialstore.log import NOTHING, START, SnapshotStore
 from trialstore.logs.redis import RedisLog
 from trialstore.logs.redis.keys import has_hash_tag
@@ -30,6 +46,7 @@ from trialstore.testing.capability_suites import AgeLeases
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import CountingProxy, ManualClock
 from trialstore.testing.log_suite import LogSuite, OpenLog
+from trialstore.urls import open_log
 
 redis = pytest.importorskip("redis")
 
@@ -669,6 +686,65 @@ def test_a_password_is_in_no_text(caplog: pytest.LogCaptureFixture) -> None:
         assert "wr0ng" not in texts
     finally:
         server.remove()
+
+
+@pytest.mark.parametrize("kind", ["server", "sentinel", "cluster"])
+def test_a_password_that_is_kept_elsewhere(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find_binary("redis-server")
+    secret = "s3cret/%{x} @:#?&é+%41"
+    is_cluster = kind == "cluster"
+    server = (ClusterNode if is_cluster else OptionsServer)("--requirepass", secret)
+    sentinel = Sentinel(server, secret) if kind == "sentinel" else None
+    try:
+        url = f"redis://default@127.0.0.1:{server.port}/0"
+        if is_cluster:
+            client = redis.Redis(port=server.port, password=secret)
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
+                time.sleep(0.05)
+        elif sentinel is not None:
+            url = f"redis+sentinel://127.0.0.1:{sentinel.port}/journals/0"
+        file = tmp_path / "secret"
+        file.write_text(f"{secret}\n", encoding="utf-8")
+        monkeypatch.setenv("REDIS_SECRET", secret)
+        caplog.set_level(logging.DEBUG)
+
+        log = JournalRedisBackend(url, is_cluster, password_file=str(file))
+        assert len(log.exchange([_study("a", 0)], START, NOTHING).news) == 1
+        other = JournalRedisBackend(url, is_cluster, password_env="REDIS_SECRET")
+        assert len(other.exchange([], START, NOTHING).news) == 1
+        with contextlib.closing(
+            open_log(url, use_cluster=is_cluster, password_env="REDIS_SECRET")
+        ) as opened:
+            assert len(opened.exchange([], START, NOTHING).news) == 1
+        pickled = pickle.dumps((log, other))
+        assert b"s3cret" not in pickled
+        for copy in pickle.loads(pickled):
+            assert len(copy.exchange([], START, NOTHING).news) == 1
+
+        file.write_text("wr0ng", encoding="utf-8")
+        late = JournalRedisBackend(url, is_cluster, password_file=str(file), clock=ManualClock())
+        with pytest.raises(LogUnavailableError) as caught:
+            late.exchange([], START, NOTHING)
+        file.unlink()
+        with pytest.raises(SecretNotFoundError, match="can't be read"):
+            late.exchange([], START, NOTHING)
+        file.write_text(secret, encoding="utf-8")
+        assert len(late.exchange([], START, NOTHING).news) == 1
+        error = "".join(traceback.format_exception(caught.value))
+        texts = f"{error} {late!r} {log!r} {log.facts()} {caplog.text}"
+        assert "s3cret" not in texts and "wr0ng" not in texts
+    finally:
+        if sentinel is not None:
+            sentinel.remove()
+        server.remove()
+
+
+def test_a_password_has_one_place() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        JournalRedisBackend("redis://host", password_file="a", password_env="B")
 
 
 @pytest.mark.parametrize(
