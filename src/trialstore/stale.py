@@ -3,13 +3,14 @@
 The failing and the retry are one conditional append, the retry first. Where a crash can tear a
 batch, on a journal file, what may be left is a retry without its failing: the trial is still found
 RUNNING and without a living worker, and the next look, which sees that its retry is there, only
-fails it. A failing without its retry can't be left.
+fails it. A failing without its retry can't be left, except where no retry can be made at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import itertools
+import logging
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -17,12 +18,15 @@ from optuna.trial import FrozenTrial
 from trialstore import records as r
 from trialstore.callbacks import is_retry_of
 from trialstore.exchange import Exchanger
-from trialstore.log import NOTHING, ConditionalLog, LeaseStore, Wanted
+from trialstore.log import NOTHING, ConditionalLog, LeaseStore, Limited, Wanted
 from trialstore.records import AnyOperation, Verdict
 from trialstore.replica import Replica
 
+_logger = logging.getLogger("trialstore")
+
 Retry = Callable[[FrozenTrial], dict[str, Any] | None]
-"""The fields of the ``CreateTrial`` that queues a trial again; None where it is not to be."""
+"""The fields of the ``CreateTrial`` that queues a trial again; None where it is not to be. What it
+raises is the reason why there is no retry."""
 
 
 def find(exchanger: Exchanger, study_id: int, grace_period_s: float) -> dict[int, str]:
@@ -35,44 +39,63 @@ def find(exchanger: Exchanger, study_id: int, grace_period_s: float) -> dict[int
     exchanger.run((), Wanted(waiting_of=frozenset((study_id,))))
     with exchanger.mutex:
         running = exchanger.replica.running(study_id)
+    expired = _expired(exchanger, study_id, running, grace_period_s)
+    return {trial_id: running.get(trial_id, "") for trial_id in expired}
 
-    def expired(log: LeaseStore) -> dict[int, str]:
-        return {
-            trial_id: running.get(trial_id, "")
-            for trial_id in log.expired(study_id, running, grace_period_s)
-        }
 
-    return exchanger.use_log(expired)
+def _expired(
+    exchanger: Exchanger, study_id: int, running: Mapping[int, str], grace_period_s: float
+) -> list[int]:
+    def ask(log: LeaseStore) -> list[int]:
+        return list(log.expired(study_id, running, grace_period_s))
+
+    return exchanger.use_log(ask)
 
 
 def fail(
-    exchanger: Exchanger, study_id: int, stale: Mapping[int, str], retry: Retry | None
+    exchanger: Exchanger,
+    study_id: int,
+    stale: Mapping[int, str],
+    grace_period_s: float,
+    retry: Retry | None,
 ) -> list[int]:
-    """Fail those that are still RUNNING for the owner that was found dead.
+    """Fail those that are still RUNNING for the owner that was found dead, if it still is.
 
     Args:
         exchanger: Of the storage.
         study_id: Of the trials.
         stale: Trial id to owner, as ``find`` returns.
+        grace_period_s: As for ``find``. It may be long ago: a worker that was only slow has
+            beaten since.
         retry: What to queue together with the failing of a trial, if it is not there yet.
 
     Returns:
         Ids of the trials that were failed by this call.
     """
+    expired = frozenset(_expired(exchanger, study_id, stale, grace_period_s))
+    stale = {trial_id: owner for trial_id, owner in stale.items() if trial_id in expired}
+    if not stale:
+        return []
     wanted = Wanted(trials=frozenset(stale))
+    reasons: dict[int, Exception] = {}  # why a trial gets no retry
     if isinstance(exchanger.log, ConditionalLog):
         decided: list[AnyOperation] = []
 
         def decide(replica: Replica) -> list[AnyOperation]:
             decided.clear()
+            reasons.clear()
             for trial_id in _still_running(replica, stale):
                 if retry is not None:
-                    decided.extend(_retries(exchanger, replica, study_id, trial_id, retry))
+                    decided.extend(
+                        _retries(exchanger, replica, study_id, trial_id, retry, reasons)
+                    )
                 decided.append(_failing(exchanger, trial_id))
             return decided
 
         outcomes = exchanger.run_if(decide, wanted)
-        return _accepted(decided, outcomes)
+        failed = _accepted(decided, outcomes)
+        _warn_of_the_lost(exchanger, study_id, failed, reasons)
+        return failed
     # Two methods of a backend: whoever fails a trial queues its retry, and a crash between the
     # two loses the retry, as with Optuna's own storages.
     exchanger.run((), wanted)
@@ -84,9 +107,12 @@ def fail(
             retries = [
                 record
                 for trial_id in failed
-                for record in _retries(exchanger, exchanger.replica, study_id, trial_id, retry)
+                for record in _retries(
+                    exchanger, exchanger.replica, study_id, trial_id, retry, reasons
+                )
             ]
         exchanger.run(retries, NOTHING)
+        _warn_of_the_lost(exchanger, study_id, failed, reasons)
     return failed
 
 
@@ -100,18 +126,54 @@ def _still_running(replica: Replica, stale: Mapping[int, str]) -> list[int]:
 
 
 def _retries(
-    exchanger: Exchanger, replica: Replica, study_id: int, trial_id: int, retry: Retry
+    exchanger: Exchanger,
+    replica: Replica,
+    study_id: int,
+    trial_id: int,
+    retry: Retry,
+    reasons: dict[int, Exception],
 ) -> list[r.CreateTrial]:
-    """The record that queues a trial again, unless one has: it is known by the retry history."""
+    """The record that queues a trial again, unless one has: it is known by the retry history.
+
+    A trial whose retry can't be made, such as one with a value outside its distribution, is failed
+    all the same: it would keep all others from being failed, for ever.
+    """
     trial = replica.trial(trial_id)
     newer = itertools.takewhile(
         lambda other: other.number > trial.number, replica.newest_first(study_id)
     )
     is_there = any(is_retry_of(other.system_attrs, trial.number) for other in newer)
-    fields = None if is_there else retry(trial)
-    if fields is None:
+    if is_there:
         return []
-    return [r.CreateTrial(study_id=study_id, **fields, **exchanger.marks())]
+    try:
+        fields = retry(trial)
+        if fields is None:
+            return []
+        record = r.CreateTrial(study_id=study_id, **fields, **exchanger.marks())
+        if isinstance(exchanger.log, Limited):
+            exchanger.log.check((record,))
+    except Exception as error:
+        reasons[trial_id] = error
+        return []
+    return [record]
+
+
+def _warn_of_the_lost(
+    exchanger: Exchanger, study_id: int, failed: list[int], reasons: Mapping[int, Exception]
+) -> None:
+    with exchanger.mutex:
+        lost = [
+            (exchanger.replica.trial_number(id_), exchanger.replica.study_name(study_id), why)
+            for id_, why in reasons.items()
+            if id_ in failed
+        ]
+    for number, study_name, why in lost:
+        _logger.warning(
+            "Trial %d of study %r is not retried, since no retry of it can be made: %s",
+            number,
+            study_name,
+            why,
+        )
 
 
 def _failing(exchanger: Exchanger, trial_id: int) -> r.SetTrialStateValues:

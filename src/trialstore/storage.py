@@ -869,11 +869,13 @@ class Storage(BaseStorage, BaseHeartbeat):
             for trial_id in self.fail_stale_trials(study._study_id)
         ]
 
+    def _grace_period_s(self) -> float:
+        return self._grace_period or 2 * (self._heartbeat_interval or 0)
+
     def _find_stale(self, study_id: int) -> dict[int, str]:
         if self._heartbeat_interval is None:
             raise ValueError("Heartbeats are off: set heartbeat_interval.")
-        grace_period_s = self._grace_period or 2 * self._heartbeat_interval
-        found = stale.find(self._exchanger, study_id, grace_period_s)
+        found = stale.find(self._exchanger, study_id, self._grace_period_s())
         # This process may have been stopped for so long that its own trials look dead.
         return {id_: owner for id_, owner in found.items() if not self._owns(id_)}
 
@@ -887,7 +889,9 @@ class Storage(BaseStorage, BaseHeartbeat):
             template = callback.retry(trial) if callback is not None else None
             return None if template is None else self.template_fields(template, n_objectives)
 
-        failed = stale.fail(self._exchanger, study_id, found, retry if callback else None)
+        failed = stale.fail(
+            self._exchanger, study_id, found, self._grace_period_s(), retry if callback else None
+        )
         for trial_id in failed:
             _logger.warning(
                 "Trial %d was failed: its worker has not been heard of for the grace period.",

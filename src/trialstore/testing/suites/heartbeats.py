@@ -6,7 +6,7 @@ them, and the log's time passes by the fixture ``age_leases``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import os
 import pickle
 import threading
@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 import pytest
 
 import trialstore
+from trialstore.log import Limited
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
 from trialstore.testing.suites.base import (
@@ -28,6 +29,7 @@ from trialstore.testing.suites.base import (
     OpenStorage,
     SuiteBase,
     count_exchanges,
+    exchanger_of,
     run_threads,
     wait_until,
 )
@@ -64,6 +66,10 @@ def _load(storage: Storage) -> optuna.Study:
     return optuna.load_study(
         study_name="study", storage=storage, sampler=optuna.samplers.RandomSampler(seed=0)
     )
+
+
+def _history(record: Any) -> Any:
+    return (getattr(record, "system_attrs", None) or {}).get("retry_history")
 
 
 def _states(storage: Storage, study_id: int) -> list[str]:
@@ -335,6 +341,49 @@ class HeartbeatSuite(SuiteBase):
         reaper.heartbeat_stale_trial_callback = retry
         assert reaper.fail_stale_trials() == [lost]
         assert _states(reaper, _study_id(reaper)) == ["FAIL", "WAITING"]
+
+    @pytest.mark.parametrize("who", ["the template", "the log"])
+    def test_a_trial_that_no_retry_can_be_made_of_is_failed_with_the_others(
+        self,
+        worker: Storage,
+        reaper: Storage,
+        age_leases: AgeLeases,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        who: str,
+    ) -> None:
+        study = _load(worker)
+        # A value outside its distribution, which Optuna runs with no more than a warning.
+        study.enqueue_trial({"x": 5.0} if who == "the template" else {"x": 0.5})
+        for _ in range(2):
+            _quiet(lambda: study.ask().suggest_float("x", 0.0, 1.0))
+        worker.flush()
+        age_leases(worker, _LONG_S)
+        if who == "the log":
+            log = exchanger_of(reaper).log
+            if not isinstance(log, Limited):
+                pytest.skip("The log takes everything.")
+
+            def check(records: Sequence[Any]) -> None:
+                if any(_history(record) == [0] for record in records):
+                    raise ValueError("It is too large.")
+
+            monkeypatch.setattr(log, "check", check)
+        reaper.heartbeat_stale_trial_callback = trialstore.RetryFailedTrialCallback()
+        assert sorted(reaper.fail_stale_trials()) == [t._trial_id for t in study.trials[:2]]
+        assert _states(reaper, study._study_id) == ["FAIL", "FAIL", "WAITING"]
+        assert study.trials[2].system_attrs["retry_history"] == [1]
+        assert caplog.text.count("Trial 0 of study 'study' is not retried") == 1
+
+    def test_a_worker_that_has_beaten_since_it_was_found_is_left_alone(
+        self, lost: int, worker: Storage, reaper: Storage
+    ) -> None:
+        study_id = _study_id(reaper)
+        found = reaper._find_stale(study_id)
+        assert [*found] == [lost]
+        reaper.record_heartbeat(lost)
+        assert reaper._fail_stale(study_id, found) == []
+        assert _states(reaper, study_id) == ["RUNNING"]
 
     # --- a late worker ---------------------------------------------------------------------------
 
