@@ -5,7 +5,8 @@ One message covers every trial that the storage created or claimed, whoever runs
 there is something to beat for. Who dies is found out in ``stale.py``, by the log's clock.
 
 What a crash leaves behind: a lease that nobody renews, which is the point; without a trial that it
-covers it means nothing. An orderly end withdraws it.
+covers it means nothing. ``close`` withdraws it, and so does the end of a process that leaves no
+trial RUNNING; one that it leaves is lost, and found by the lease that is left with it.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Heartbeat:
 
         Raises:
             LogUnavailableError: No lease can be taken; nothing was created.
+            RuntimeError: The system starts no more threads; likewise.
         """
         if self._interval_s() is None:
             yield
@@ -97,18 +99,48 @@ class Heartbeat:
 
     def _take(self, log: LeaseStore) -> None:
         log.take_lease(self._worker_id)
+        try:
+            with self._exchanger.mutex:
+                self._due_s = self._clock.now_s() + (self._interval_s() or 0.0)
+                if self._thread is None:
+                    _withdraw_at_exit_of_this_process()
+                    thread = threading.Thread(
+                        target=self._beat, name="trialstore-heartbeat", daemon=True
+                    )
+                    thread.start()
+                    self._thread = thread
+                self._is_taken = True
+        except BaseException:
+            # A lease that nobody renews would have the next trial failed while it runs.
+            if not self._is_taken:
+                log.withdraw_lease(self._worker_id, ())
+            raise
+
+    def interval_changed(self) -> None:
+        """The next beat comes by the new interval, if that is sooner."""
         with self._exchanger.mutex:
-            self._is_taken = True
-            self._due_s = self._clock.now_s() + (self._interval_s() or 0.0)
-            if self._thread is None:
-                _withdraw_at_exit_of_this_process()
-                self._thread = threading.Thread(
-                    target=self._beat, name="trialstore-heartbeat", daemon=True
-                )
-                self._thread.start()
+            if self.is_beating:
+                due_s = self._clock.now_s() + (self._interval_s() or 0.0)
+                self._due_s = min(self._due_s, due_s)
+                self._changed.notify_all()
+
+    def speak_for(self, trial_id: int, owner: str) -> None:
+        """One beat for somebody else's trial; ``owner`` is "" where it is unknown."""
+
+        def speak(log: LeaseStore) -> None:
+            me = self._exchanger.worker_id
+            log.renew_lease(owner or me, (trial_id,))
+            if not owner and not self.is_beating:
+                # Where leases are by owner that was one of this storage, which covers nothing.
+                log.withdraw_lease(me, ())
+
+        self._exchanger.use_log(speak)
 
     def withdraw(self) -> None:
-        """Beat no more, until the next trial; what is RUNNING is then nobody's loss."""
+        """Beat no more, until the next trial; what is RUNNING is then nobody's loss.
+
+        While another thread creates or claims a trial, that is the next trial: it goes on.
+        """
         with self._exchanger.mutex:
             if not self.is_beating:
                 return
@@ -116,9 +148,18 @@ class Heartbeat:
 
     def _withdraw(self, log: LeaseStore) -> None:
         with self._exchanger.mutex:
+            if self._n_starting:
+                return
             self._stop()
             trial_ids = self._running()
         log.withdraw_lease(self._worker_id, trial_ids)
+
+    def end(self) -> None:
+        """``withdraw`` at the end of the process, unless it leaves a trial RUNNING."""
+        with self._exchanger.mutex:
+            leaves_trials = self.is_beating and (self._running() or self._n_starting)
+        if not leaves_trials:
+            self.withdraw()
 
     def _stop(self) -> None:
         """Whoever starts a trial from now on takes the lease anew; the mutex is held."""
@@ -139,7 +180,6 @@ class Heartbeat:
                 if remaining_s > 0:
                     self._clock.wait(self._changed, remaining_s)
                     continue
-                pause_s = self._interval_s() or 0.0
             try:
                 self._exchanger.use_log(self._beat_once)
                 fails = False
@@ -147,8 +187,10 @@ class Heartbeat:
                 if not fails:
                     _logger.warning("The heartbeat waits for the log to come back: %s", error)
                 fails = True
-                pause_s = min(pause_s, _RETRY_PAUSE_S)
             with self._exchanger.mutex:
+                pause_s = self._interval_s() or 0.0
+                if fails:
+                    pause_s = min(pause_s, _RETRY_PAUSE_S)
                 self._due_s = self._clock.now_s() + pause_s
 
     def _beat_once(self, log: LeaseStore) -> None:
@@ -171,10 +213,10 @@ _alive: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
 _exit_registered_in: int | None = None
 
 
-def _withdraw_all() -> None:
+def _end_all() -> None:
     for heartbeat in list(_alive):
         try:
-            heartbeat.withdraw()
+            heartbeat.end()
         except Exception as error:
             _logger.warning("Running trials will be held for those of a dead worker: %s", error)
 
@@ -184,5 +226,5 @@ def _withdraw_at_exit_of_this_process() -> None:
     global _exit_registered_in
     if _exit_registered_in != os.getpid():
         _exit_registered_in = os.getpid()
-        multiprocessing_util.Finalize(None, _withdraw_all, exitpriority=90)
-        atexit.register(_withdraw_all)
+        multiprocessing_util.Finalize(None, _end_all, exitpriority=90)
+        atexit.register(_end_all)

@@ -773,6 +773,7 @@ class Storage(BaseStorage, BaseHeartbeat):
                 "needs the methods of trialstore.log.LeaseStore for it."
             )
         self._heartbeat_interval = interval_s
+        self._heartbeat.interval_changed()
 
     @property
     def grace_period(self) -> int | None:
@@ -828,8 +829,8 @@ class Storage(BaseStorage, BaseHeartbeat):
         elif not known:
             self.get_trial(trial_id)
         with exchanger.mutex:
-            owner = self._replica.owner(trial_id) or exchanger.worker_id
-        exchanger.use_log(lambda log: log.renew_lease(owner, (trial_id,)))
+            owner = self._replica.owner(trial_id)
+        self._heartbeat.speak_for(trial_id, exchanger.worker_id if owns else owner)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         """Trials whose worker is dead, for ``optuna.storages.fail_stale_trials`` to fail.

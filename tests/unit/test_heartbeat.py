@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import optuna
@@ -21,13 +22,20 @@ import trialstore
 from trialstore.errors import LogUnavailableError
 from trialstore.journal import JournalFileBackend, JournalStorage
 from trialstore.testing.clock import ManualClock
-from trialstore.testing.suites.base import run_threads, wait_until
+from trialstore.testing.suites.base import count_exchanges, run_threads, wait_until
 
 _ASK = """
 import sys, optuna, trialstore
 backend = trialstore.journal.JournalFileBackend(sys.argv[1])
 storage = trialstore.JournalStorage(backend, heartbeat_interval=60)
-storage.create_new_trial(storage.get_study_id_from_name("study"))
+trial_id = storage.create_new_trial(storage.get_study_id_from_name("study"))
+"""
+_TELL = "storage.set_trial_state_values(trial_id, optuna.trial.TrialState.FAIL)"
+_EXIT = """
+import signal, os
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+study = optuna.load_study(study_name="study", storage=storage)
+study.optimize(lambda trial: os.kill(os.getpid(), signal.SIGTERM) or 0.0)
 """
 
 
@@ -50,29 +58,45 @@ def _n_leases(path: Path) -> int:
 # --- the end of a process ------------------------------------------------------------------------
 
 
-def _ask_in_child(path: Path) -> None:
+def _ask_in_child(path: Path, tells: bool) -> None:
     storage = _open(path)
-    storage.create_new_trial(0)
+    trial_id = storage.create_new_trial(0)
+    if tells:
+        storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_child_that_ends_in_order_withdraws_its_lease(path: Path, method: str) -> None:
+def test_a_child_withdraws_its_lease_if_it_leaves_no_trial(path: Path, method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"There is no {method}.")
-    child = multiprocessing.get_context(method).Process(target=_ask_in_child, args=(path,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    assert _open(path).get_trial(0).state == TrialState.RUNNING
-    assert _n_leases(path) == 0
+    for tells, n_leases in ((True, 0), (False, 1)):
+        context = multiprocessing.get_context(method)
+        child: Any = context.Process(target=_ask_in_child, args=(path, tells))  # type: ignore[attr-defined]
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert _n_leases(path) == n_leases
 
 
-def test_a_program_that_ends_in_order_withdraws_its_lease(path: Path) -> None:
-    for end, n_leases in (("", 0), ("raise KeyboardInterrupt", 0), ("import os; os._exit(1)", 1)):
-        program = [sys.executable, "-c", f"{_ASK}\n{end}", str(path)]
-        subprocess.run(program, check=False, capture_output=True, timeout=60)
-        assert _n_leases(path) == n_leases, end
-    assert len(_open(path).get_all_trials(0)) == 3
+@pytest.mark.parametrize(
+    ("end", "n_lost"),
+    [
+        (f"{_TELL}", 0),
+        (f"{_TELL}; raise KeyboardInterrupt", 0),
+        ("storage.close()", 0),
+        (f"{_TELL}; sys.exit(1)", 0),
+        ("sys.exit(1)", 1),
+        (f"{_TELL}\n{_EXIT}", 1),
+    ],
+)
+def test_a_trial_that_a_program_leaves_at_its_end_is_found(
+    path: Path, end: str, n_lost: int
+) -> None:
+    program = [sys.executable, "-c", f"{_ASK}\n{end}", str(path)]
+    subprocess.run(program, check=False, capture_output=True, timeout=60)
+    assert _n_leases(path) == n_lost
+    age_beats(Path(f"{path}.beats"), 1000)
+    assert len(_open(path).fail_stale_trials()) == n_lost
 
 
 # --- the thread ----------------------------------------------------------------------------------
@@ -132,6 +156,58 @@ def test_a_trial_from_before_the_interval_was_set_is_covered_by_its_first_beat(p
     storage._clock.until_waiting(1)  # type: ignore[attr-defined]
     age_beats(Path(f"{path}.beats"), 1000)
     assert other.fail_stale_trials() == [trial_id]
+    storage.close()
+
+
+def test_where_no_thread_can_be_started_there_is_no_trial_and_no_lease(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = _open(path)
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start"):
+                storage.create_new_trial(0)
+    assert storage.get_all_trials(0) == [] and _n_leases(path) == 0
+    storage.create_new_trial(0)
+    storage._clock.until_waiting(1)  # type: ignore[attr-defined]
+    storage.close()
+
+
+def test_a_shorter_interval_counts_at_once(path: Path) -> None:
+    storage = _open(path, heartbeat_interval=600)
+    clock: Any = storage._clock
+    storage.create_new_trial(0)
+    clock.until_waiting()
+    counter = count_exchanges(storage)
+    storage.heartbeat_interval = 1
+    clock.advance(1)
+    wait_until(lambda: counter.used["renew_lease"] == 1, "a beat")
+    storage.close()
+
+
+def test_a_trial_that_is_being_created_during_close_is_covered(path: Path) -> None:
+    storage = _open(path)
+    storage.create_new_trial(0)
+    with storage._heartbeat.covering():
+        storage.close()
+        assert _n_leases(path) == 1 and storage._heartbeat.is_beating
+    storage.close()
+    assert _n_leases(path) == 0 and not storage._heartbeat.is_beating
+
+
+@pytest.mark.parametrize("interval_s", [60, None])
+def test_a_beat_for_a_trial_of_nobody_leaves_no_lease(path: Path, interval_s: int | None) -> None:
+    storage = _open(path, heartbeat_interval=interval_s)
+    theirs = JournalFileBackend(str(path))
+    created = {"op_code": 4, "worker_id": "", "study_id": 0}
+    theirs.append_logs([{**created, "datetime_start": "2024-01-01T00:00:00.000000"}])
+    storage.record_heartbeat(0)
+    assert _n_leases(path) == 0
     storage.close()
 
 
