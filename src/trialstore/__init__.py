@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MODULES = ("grpc", "journal", "optuna_db", "testing")
+
 _HOMES = {
     "BaseJournalLogStorage": "deprecated",
     "GrpcStorageProxy": "grpc",
@@ -84,8 +86,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "journal":
-        return import_module("trialstore.journal")
+    if name in _MODULES:
+        return import_module(f"trialstore.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'trialstore' has no attribute {name!r}")

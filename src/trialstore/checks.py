@@ -22,12 +22,14 @@ from optuna.distributions import (
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from trialstore.records import ObjectText
+from trialstore.records import ObjectText, Operation
 
 # Most trials of a study suggest from the same few ranges, and json takes longer than all the
 # rest of a deferred write.
 _numeric_texts: dict[tuple[Any, ...], str] = {}
 _NUMERIC_TEXTS_MAX = 1024
+
+_JSON_TYPES = frozenset({str, int, float, bool, type(None)})
 
 
 def text(value: Any, what: str) -> str:
@@ -35,6 +37,17 @@ def text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a str, not {type(value).__name__}: {value!r}.")
     return str(value)
+
+
+def ids(record: Operation) -> None:
+    """Raises TypeError for a study or trial id that is no int.
+
+    numpy's integers and bools are equal to one, and would be found; a log can't keep them.
+    """
+    for name in ("study_id", "trial_id"):
+        value = getattr(record, name, 0)
+        if type(value) is not int:
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}: {value!r}.")
 
 
 def json_value(value: Any, what: str) -> Any:
@@ -106,6 +119,8 @@ def distribution_text(distribution: BaseDistribution, name: str) -> str:
 def object_text(distribution: BaseDistribution, name: str) -> str:
     """As ``distribution_text``, but choices may be any objects and stay the same ones."""
     if not isinstance(distribution, CategoricalDistribution):
+        return distribution_text(distribution, name)
+    if all(type(choice) in _JSON_TYPES for choice in distribution.choices):
         return distribution_text(distribution, name)
     stand_in = ObjectText(f"{distribution!r} {[id(choice) for choice in distribution.choices]}")
     stand_in.distribution = distribution

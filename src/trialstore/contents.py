@@ -127,6 +127,12 @@ class TrialContents:
             self.view = self.build(own_containers=True)
         return self.view
 
+    def about_to_change(self) -> None:
+        """To be called before a change of the unfinished trial: who has read the queue may look
+        at its trials later, and sees them as they were."""
+        if self.state == r.WAITING:
+            self.shared_view()
+
     def changed(self) -> None:
         """To be called after a change of the unfinished trial, so that readers see it."""
         if self.view is not None:
@@ -313,6 +319,9 @@ def _internal(distribution: BaseDistribution, external: Any) -> float:
     # A number is its own representation; Optuna's conversion refuses those that others stored
     # although the distribution forbids them.
     if isinstance(distribution, CategoricalDistribution):
+        for index, choice in enumerate(distribution.choices):
+            if choice is external:
+                return index  # 1, 1.0 and True are equal, and are choices of their own
         return distribution.to_internal_repr(external)
     return float(external)
 

@@ -26,7 +26,7 @@ import weakref
 from optuna.exceptions import UpdateFinishedTrialError
 
 from trialstore.clock import Clock
-from trialstore.errors import LogCompactedError, LogUnavailableError, OutcomeUnknownError
+from trialstore.errors import LogCompactedError, OutcomeUnknownError
 from trialstore.log import (
     NOTHING,
     START,
@@ -122,14 +122,17 @@ class Exchanger:
         """
         if not self._outbox:
             self._outbox_due_s = self._clock.now_s() + self._linger_s
-            if self._linger_thread is None:
-                _flush_at_exit_of_this_process()
-                self._linger_thread = threading.Thread(
-                    target=self._linger, name="trialstore-linger", daemon=True
-                )
-                self._linger_thread.start()
+            self._begin_to_linger()
         self._outbox.append(record)
         return len(self._outbox) >= _OUTBOX_MAX
+
+    def _begin_to_linger(self) -> None:
+        if self._linger_thread is None:
+            _flush_at_exit_of_this_process()
+            self._linger_thread = threading.Thread(
+                target=self._linger, name="trialstore-linger", daemon=True
+            )
+            self._linger_thread.start()
 
     def has_deferred(self) -> bool:
         """Whether a deferred record may be waiting or be on the wire."""
@@ -164,7 +167,8 @@ class Exchanger:
         Raises:
             UpdateFinishedTrialError: Deferred records were rejected since they were last told of.
         """
-        while self.has_deferred():
+        if self.has_deferred():
+            # One exchange that begins now takes all of it, also what a failing one gives back.
             self.run((), NOTHING)
         with self.mutex:
             rejected = [text for texts in self._rejected.values() for text in texts]
@@ -204,9 +208,11 @@ class Exchanger:
         """Lead the next exchange, or let the next leader send this call's records too."""
         calls: Sequence[_Call] = _NO_CALLS
         deferred: list[TrialWrite] = []
+        leads = False
         try:
             with self.mutex:
                 if self._leader is not None:
+                    self._refuse_reentry()
                     call = _Call(records, wanted)
                     self._gathered = [*self._gathered, call]
                     while self._leader is not None and not call.done:
@@ -217,24 +223,36 @@ class Exchanger:
                         return call.outcomes
                     self._gathered = [other for other in self._gathered if other is not call]
                 self._leader = threading.get_ident()
+                leads = True
                 calls, self._gathered = self._gathered, _NO_CALLS
                 deferred, self._outbox = self._outbox, []
             return self._lead(records, wanted, calls, deferred)
         except BaseException as error:
             # A failure, or an interrupt between any two lines above or in ``_lead``.
-            self._give_up(calls, deferred, error)
+            if leads:
+                self._give_up(calls, deferred, error)
             raise
+
+    def _refuse_reentry(self) -> None:
+        """Waiting for this very thread would last for ever."""
+        if self._leader == threading.get_ident():
+            raise RuntimeError(
+                "The storage is used from within its own exchange, by a signal handler or a "
+                "callback of its log. Set a flag there, and use the storage afterwards."
+            )
 
     def _give_up(
         self, calls: Sequence[_Call], deferred: list[TrialWrite], error: BaseException
     ) -> None:
-        """Of this thread's lead, if it has it: nothing was appended, or nobody knows."""
+        """Of this thread's lead: nothing was appended, or nobody knows."""
         with self.mutex:
-            if self._leader != threading.get_ident():
-                return
+            if self._leader is None:
+                return  # interrupted after it had been given back
             # Deferred records may be sent again either way: they overwrite, and keep the seq
             # that marks them as the same ones.
             self._outbox[:0] = deferred
+            if self._outbox:
+                self._begin_to_linger()
             for call in calls:
                 if not call.done:
                     call.error = _for_followers(error)
@@ -283,9 +301,9 @@ class Exchanger:
                 except LogCompactedError:
                     self._read_anew()
             with self.mutex:
-                outcomes = self._apply(batch.news, batch.outcomes, decided)
                 self._cursor = batch.cursor
                 self.n_exchanges += 1
+                outcomes = self._apply(batch.news, batch.outcomes, decided)
         return outcomes
 
     def use_log(self, use: Callable[[Any], _T]) -> _T:
@@ -296,15 +314,18 @@ class Exchanger:
     @contextlib.contextmanager
     def _leading(self) -> Iterator[None]:
         """Keep the wire for one thread; others' records and wishes gather meanwhile."""
+        is_leader = False
         try:
             with self.mutex:
+                self._refuse_reentry()
                 while self._leader is not None:
                     self._exchanged.wait()
                 self._leader = threading.get_ident()
+                is_leader = True
             yield
         finally:
             with self.mutex:
-                if self._leader == threading.get_ident():
+                if is_leader:
                     self._release_lead()
 
     def _lead(
@@ -358,9 +379,10 @@ class Exchanger:
                 # An attempt before this one, whose answer was lost, may have appended them.
                 known = self._read_anew()
         with self.mutex:
-            outcomes = self._apply(batch.news, batch.outcomes, fresh)
+            # First: what is applied must not come again, even if an own record is missing in it.
             self._cursor = batch.cursor
             self.n_exchanges += 1
+            outcomes = self._apply(batch.news, batch.outcomes, fresh)
         if known:
             known.update(zip((record.seq for record in fresh), outcomes, strict=True))
             outcomes = [known[record.seq] for record in sent]
@@ -556,13 +578,16 @@ def _rejection(record: TrialWrite, why: str) -> str:
 # --- fork and exit -------------------------------------------------------------------------------
 
 _alive: weakref.WeakSet[Exchanger] = weakref.WeakSet()
+forking = threading.RLock()
+"""One fork at a time: all hooks of a fork run in one thread, and share ``_held``."""
 _held: list[Exchanger] = []
 _exit_registered_in: int | None = None
 
 
 def _hold_all() -> None:
-    # By id: two threads that fork at once must take the same locks in the same order.
-    _held[:] = sorted(_alive, key=id)
+    forking.acquire()
+    # Strong references first: a set that somebody opens a storage in can't be gone through.
+    _held[:] = _alive.copy()
     for exchanger in _held:
         exchanger.hold_for_fork()
 
@@ -571,12 +596,14 @@ def _release_all() -> None:
     for exchanger in reversed(_held):
         exchanger.go_on_in_parent()
     _held.clear()
+    forking.release()
 
 
 def _begin_all() -> None:
     for exchanger in _held:
         exchanger.begin_in_child()
     _held.clear()
+    forking.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -589,7 +616,7 @@ def _flush_all() -> None:
             exchanger.flush()
         except UpdateFinishedTrialError:
             pass  # logged when it was rejected
-        except (LogUnavailableError, OutcomeUnknownError) as error:
+        except Exception as error:  # of one storage; the others have theirs to save
             _logger.error("Deferred records are lost with this process: %s", error)
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from optuna.trial import FrozenTrial
 
+from trialstore import checks
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
 from trialstore.log import Wanted
@@ -63,10 +64,12 @@ class InMemoryStorage(Storage):
             return answer(self._replica)
 
     def _write(self, record: AnyOperation) -> Outcome:
+        checks.ids(record)
         with self._exchanger.mutex:
             return self._replica.apply(record)
 
     def _write_trial(self, record: TrialWrite) -> None:
+        checks.ids(record)
         with self._exchanger.mutex:
             outcome = self._replica.apply(record)
         if outcome is not ACCEPTED:

@@ -217,6 +217,7 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
+        trial.about_to_change()
         study, json = trial.study, record.distribution
         known = study.distributions.get(record.param_name)
         if known is not None and study.interned.get(json) is known:
@@ -310,6 +311,7 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
+        trial.about_to_change()
         trial.intermediate_values[record.step] = record.intermediate_value
         trial.changed()
         return ACCEPTED
@@ -318,6 +320,7 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
+        trial.about_to_change()
         trial.user_attrs.update(record.user_attr)
         trial.changed()
         return ACCEPTED
@@ -326,6 +329,7 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
+        trial.about_to_change()
         trial.system_attrs.update(record.system_attr)
         trial.changed()
         return ACCEPTED
@@ -596,12 +600,14 @@ class Replica:
             self._put_in_order(study)
         return study.trials(states)
 
-    def waiting(self, study_id: int, mutex: AbstractContextManager[Any]) -> Sequence[FrozenTrial]:
+    def waiting(
+        self, study_id: int, mutex: Callable[[], AbstractContextManager[Any]]
+    ) -> Sequence[FrozenTrial]:
         """The WAITING trials by id, however many, at the cost of the few that are looked at.
 
         Args:
             study_id: Their study.
-            mutex: What keeps this replica from changing.
+            mutex: Gives what keeps this replica from changing.
         """
         waiting = self._study(study_id).waiting
         return waiting.trials(mutex) if waiting else []

@@ -279,6 +279,7 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def _write(self, record: r.AnyOperation) -> Outcome:
         """Append a record, unless it would be refused, and say what became of it."""
+        checks.ids(record)
         if self._limits is not None:
             self._limits.check((record,))
         outcome = self._judge(record)
@@ -320,6 +321,7 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def _write_trial(self, record: r.TrialWrite) -> None:
         """A parameter, attribute or intermediate value: put off if the trial is this storage's."""
+        checks.ids(record)
         exchanger, trial_id = self._exchanger, record.trial_id
         exchanger.raise_rejected(trial_id)
         if self._limits is not None:
@@ -329,6 +331,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             put_off = outcome is ACCEPTED and self._may_put_off(record)
             if put_off:
                 self._fresh.pop(trial_id, None)
+                self._read_at_s.clear()
                 outbox_is_full = exchanger.defer(record)
         if put_off:
             if outbox_is_full:
@@ -675,8 +678,10 @@ class Storage(BaseStorage, BaseHeartbeat):
         if wanted.waiting_of and not deepcopy:
             # Optuna asks for the queue before each trial, and takes the first: a list of all of
             # it would cost more than everything else about that trial.
-            mutex = self._exchanger.mutex
-            queue = self._read(wanted, lambda replica: replica.waiting(study_id, mutex))
+            exchanger = self._exchanger
+            queue = self._read(
+                wanted, lambda replica: replica.waiting(study_id, lambda: exchanger.mutex)
+            )
             return cast(list[FrozenTrial], queue)
         trials = self._read(wanted, lambda replica: replica.trials(study_id, states))
         if deepcopy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -21,7 +22,9 @@ _SCHEMES = (
 )
 
 
-def get_storage(storage: str | BaseStorage | None, **options: Any) -> BaseStorage:
+def get_storage(
+    storage: str | os.PathLike[str] | BaseStorage | None, **options: Any
+) -> BaseStorage:
     """The storage that a URL names; a storage is returned as it is, None is a new one in memory.
 
     Args:
@@ -34,6 +37,8 @@ def get_storage(storage: str | BaseStorage | None, **options: Any) -> BaseStorag
     """
     if storage is None:
         storage = "memory://"
+    if isinstance(storage, os.PathLike):
+        storage = os.fspath(storage)
     if not isinstance(storage, str):
         if options:
             raise ValueError("Options go with a URL, not with a storage that exists already.")

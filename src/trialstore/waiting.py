@@ -12,7 +12,7 @@ stretches that somebody still has by what it was then.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol, overload
 from weakref import WeakValueDictionary
@@ -40,7 +40,8 @@ class WaitingTrials(Sequence[FrozenTrial]):
         slots: What is shared with other stretches of the list.
         begin: Where this one begins, and
         end: where it ends.
-        mutex: What keeps the replica from changing while a trial is built.
+        mutex: Gives what keeps the replica from changing while a trial is built; asked each time,
+            since a forked child has another.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class WaitingTrials(Sequence[FrozenTrial]):
         slots: list[_Waiting | FrozenTrial],
         begin: int,
         end: int,
-        mutex: AbstractContextManager[Any],
+        mutex: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._slots = slots
         self._begin = begin
@@ -70,7 +71,7 @@ class WaitingTrials(Sequence[FrozenTrial]):
         return self._at(range(self._begin, self._end)[index])
 
     def _at(self, index: int) -> FrozenTrial:
-        with self._mutex:
+        with self._mutex():
             trial = self._slots[index]
             return trial if isinstance(trial, FrozenTrial) else trial.shared_view()
 
@@ -83,6 +84,20 @@ class WaitingTrials(Sequence[FrozenTrial]):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+    # Where a list is expected, it becomes one.
+
+    def __add__(self, other: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        return [*self, *other]
+
+    def __radd__(self, other: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        return [*other, *self]
+
+    def copy(self) -> list[FrozenTrial]:
+        return list(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (list, (list(self),))
 
 
 class Waiting:
@@ -101,7 +116,7 @@ class Waiting:
         for index in range(self._begin, len(self._ids)):
             yield self._slots[index]
 
-    def trials(self, mutex: AbstractContextManager[Any]) -> WaitingTrials:
+    def trials(self, mutex: Callable[[], AbstractContextManager[Any]]) -> WaitingTrials:
         """All of them, in O(1)."""
         stretch = WaitingTrials(self._slots, self._begin, len(self._ids), mutex)
         self._stretches[id(stretch)] = stretch

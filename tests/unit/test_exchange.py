@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import os
 import sys
 import threading
 from types import FrameType
@@ -382,3 +383,126 @@ def test_an_interrupt_at_any_moment_leaves_the_lead_to_others(
         assert storage.get_trial(trial_id).user_attrs == {"k": moment}
         moment += 1
     assert moment > 20
+
+
+def test_what_a_failed_lead_gives_back_lingers_again(log: MemoryLog, tap: _Tap) -> None:
+    """The linger thread may have ended while the outbox was on the wire."""
+    clock = ManualClock()
+    storage = Storage(tap, linger_s=1.0, clock=clock)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    exchanger = storage._exchanger
+
+    def fail(records: Sequence[AnyOperation]) -> None:
+        tap.before = lambda records: None
+        clock.advance(1.0)  # the thread finds nothing, since all is on the wire, and ends
+        while exchanger._linger_thread is not None:
+            pass
+        raise LogUnavailableError("away")
+
+    tap.before = fail
+    clock.until_waiting()
+    with pytest.raises(LogUnavailableError):
+        storage.get_trial(trial_id)
+    clock.advance(60.0)
+    while exchanger.has_deferred():
+        pass
+    assert Storage(log).get_trial(trial_id).user_attrs == {"k": 1}
+
+
+def test_news_are_applied_once_though_an_own_record_is_missing_in_them(
+    log: MemoryLog, tap: _Tap
+) -> None:
+    other, storage = Storage(log, linger_s=0), Storage(tap, linger_s=0)
+    study_id = other.create_new_study([StudyDirection.MINIMIZE], "study")
+    storage.get_all_studies()
+    other.create_new_trial(study_id)
+    exchange = tap.exchange
+
+    def late(records: Sequence[AnyOperation], cursor: Cursor, wanted: Wanted) -> Batch:
+        batch = exchange(records, cursor, wanted)
+        return Batch(batch.outcomes, batch.news[:-1], batch.cursor - 1)
+
+    tap.exchange = late  # type: ignore[method-assign]
+    with pytest.raises(OutcomeUnknownError):
+        storage.create_new_trial(study_id)
+    tap.exchange = exchange  # type: ignore[method-assign]
+    for reader in (storage, other):
+        assert [trial.number for trial in reader.get_all_trials(study_id)] == [0, 1]
+
+
+def test_a_flush_ends_though_others_go_on_exchanging(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            storage.get_n_trials(study_id)
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    try:
+        run_threads(*[storage.flush] * 20)
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join(_DEADLINE_S)
+
+
+def test_use_from_within_an_own_exchange_is_refused(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    refused: list[Exception] = []
+
+    def use(records: Sequence[AnyOperation]) -> None:
+        tap.before = lambda records: None
+        try:
+            storage.get_n_trials(study_id)
+        except RuntimeError as error:
+            refused.append(error)
+
+    tap.before = use
+    storage.create_new_trial(study_id)
+    assert len(refused) == 1 and "own exchange" in str(refused[0])
+    assert storage.get_n_trials(study_id) == 1
+
+
+def test_a_storage_that_can_not_flush_at_exit_does_not_keep_others_from_it(
+    log: MemoryLog, tap: _Tap, study_id: int, storage: Storage
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    broken = Storage(_Tap(MemoryLog()), clock=ManualClock())
+    broken_id = _started_trial(broken, broken.create_new_study([StudyDirection.MINIMIZE], "study"))
+    broken.set_trial_user_attr(broken_id, "k", 1)
+
+    def fail(records: Sequence[AnyOperation]) -> None:
+        raise ValueError("whatever")
+
+    broken._exchanger.log.before = fail  # type: ignore[attr-defined]
+    alive = exchange._alive
+    try:
+        exchange._alive = [broken._exchanger, storage._exchanger]  # type: ignore[assignment]
+        exchange._flush_all()
+    finally:
+        exchange._alive = alive
+    assert Storage(log).get_trial(trial_id).user_attrs == {"k": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork here.")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_threads_may_fork_at_once(storage: Storage, study_id: int) -> None:
+    worker_id = storage._exchanger.worker_id
+
+    def fork() -> None:
+        for _ in range(50):
+            child = os.fork()
+            if child == 0:
+                os._exit(storage._exchanger.worker_id == worker_id)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    run_threads(fork, fork, fork)
+    assert storage.get_n_trials(study_id) == 0

@@ -14,6 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
+import trialstore
 from trialstore import snapshot
 from trialstore.errors import SnapshotRefusedError
 from trialstore.log import NOTHING, START
@@ -159,3 +160,19 @@ def test_a_later_format_version_is_refused_by_number(records: list[Record]) -> N
     whole[7] = 9
     with pytest.raises(SnapshotRefusedError, match="version 9"):
         snapshot.load(bytes(whole))
+
+
+def test_choices_that_are_equal_and_of_different_types_stay_what_they_were() -> None:
+    choices = CategoricalDistribution((1, True, 1.0, "a"))
+    storage = trialstore.InMemoryStorage()
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    for index in range(4):
+        storage.set_trial_param(storage.create_new_trial(study_id), "c", index, choices)
+    copied = pickle.loads(pickle.dumps(storage))
+    shown = [trial.params["c"] for trial in copied.get_all_trials(study_id)]
+    assert [(type(value), value) for value in shown] == [
+        (int, 1),
+        (bool, True),
+        (float, 1.0),
+        (str, "a"),
+    ]

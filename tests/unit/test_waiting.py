@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import threading
 
@@ -51,7 +53,7 @@ def test_any_order_of_changes_leaves_earlier_reads_alone(seed: int) -> None:
             waiting.renew(trial, before)
         expected = [(id_, model[id_].version) for id_ in sorted(model)]
         if action >= 0.9:
-            read.append((waiting.trials(threading.RLock()), expected))
+            read.append((waiting.trials(threading.RLock), expected))
         assert len(waiting) == len(expected)
         assert [trial.id for trial in waiting] == [id_ for id_, _ in expected]
     for trials, expected in read:
@@ -74,3 +76,29 @@ def test_the_queue_looks_like_a_list() -> None:
     study.ask()
     assert [trial.number for trial in queue] == [0, 1, 2] and queue[0].state == states[0]
     assert "fixed_params" in repr(queue)
+
+
+def test_what_was_read_stays_as_it_was_though_it_is_looked_at_later(
+    storage: trialstore.InMemoryStorage,
+) -> None:
+    study = optuna.create_study(storage=storage)
+    study.enqueue_trial({"x": 1})
+    read = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    storage.set_trial_user_attr(0, "k", 1)
+    assert read[0].user_attrs == {}
+
+
+def test_the_queue_goes_where_a_list_is_expected(storage: trialstore.InMemoryStorage) -> None:
+    study = optuna.create_study(storage=storage)
+    study.enqueue_trial({"x": 1})
+    read = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    whole = list(read)
+    nothing: list[FrozenTrial] = []
+    assert read + nothing == nothing + read == read.copy() == whole
+    assert pickle.loads(pickle.dumps(read)) == copy.deepcopy(read) == whole
+    assert type(copy.deepcopy(read)) is list
+
+
+@pytest.fixture
+def storage() -> trialstore.InMemoryStorage:
+    return trialstore.InMemoryStorage()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import math
 from typing import Any
 
+import numpy as np
 from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
@@ -56,6 +57,14 @@ REFUSALS: dict[str, tuple[_Call, type[Exception]]] = {
     "fractional category": (
         lambda s, study, trial: s.set_trial_param(trial, "c", 0.5, CHOICES),
         ValueError,
+    ),
+    "trial id of numpy": (
+        lambda s, study, trial: s.set_trial_user_attr(np.int64(trial), "k", 1),
+        TypeError,
+    ),
+    "fractional study id": (
+        lambda s, study, trial: s.create_new_trial(float(study)),  # type: ignore[arg-type]
+        TypeError,
     ),
     "NaN parameter": (
         lambda s, study, trial: s.set_trial_param(trial, "f", math.nan, UNIT),
