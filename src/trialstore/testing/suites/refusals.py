@@ -59,7 +59,7 @@ REFUSALS: dict[str, tuple[_Call, type[Exception]]] = {
         ValueError,
     ),
     "trial id of numpy": (
-        lambda s, study, trial: s.set_trial_user_attr(np.int64(trial), "k", 1),
+        lambda s, study, trial: s.set_trial_user_attr(np.int64(trial), "k", 1),  # type: ignore[arg-type]
         TypeError,
     ),
     "fractional study id": (
