@@ -15,7 +15,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 _OPTUNAS: Any = getattr(optuna.storages, "RetryHeartbeatStaleTrialCallback", None)
-if _OPTUNAS is None:  # before 4.9
+HAS_NEW_NAMES = _OPTUNAS is not None
+"""Whether Optuna says "heartbeat stale" for what was "failed" before its version 4.9."""
+if not HAS_NEW_NAMES:
     _OPTUNAS = optuna.storages.RetryFailedTrialCallback
 
 StaleTrialCallback = Callable[["optuna.Study", FrozenTrial], None]
@@ -95,13 +97,14 @@ def is_retry_of(system_attrs: dict[str, Any], number: int) -> bool:
 def as_retry(callback: StaleTrialCallback | None) -> RetryHeartbeatStaleTrialCallback | None:
     """A callback, ours or Optuna's, of which is known what it does; None for any other.
 
-    A subclass that overrides the call does something else.
+    A subclass that overrides the call does something else. One of ours may override ``retry`` and
+    ``retry_history``.
     """
-    for kind in (RetryHeartbeatStaleTrialCallback, _OPTUNAS):
-        if isinstance(callback, kind) and type(callback).__call__ is kind.__call__:
-            return RetryHeartbeatStaleTrialCallback(
-                callback._max_retry, callback._inherit_intermediate_values
-            )
+    ours = RetryHeartbeatStaleTrialCallback
+    if isinstance(callback, ours) and type(callback).__call__ is ours.__call__:
+        return callback
+    if isinstance(callback, _OPTUNAS) and type(callback).__call__ is _OPTUNAS.__call__:
+        return ours(callback._max_retry, callback._inherit_intermediate_values)
     return None
 
 

@@ -14,7 +14,7 @@ class Secret(msgspec.Struct, frozen=True):
     """Where a password is kept; what a pickle of a storage carries instead of it.
 
     Args:
-        file: Path of a file that holds it; white space around it does not count.
+        file: Path of a file that holds it, as UTF-8; line ends after it do not count.
         variable: Name of an environment variable that holds it.
     """
 
@@ -25,16 +25,21 @@ class Secret(msgspec.Struct, frozen=True):
         """The password, as it is now.
 
         Raises:
-            SecretNotFoundError: The file or variable is not there, or is empty.
+            SecretNotFoundError: The file or variable is not there, is empty, or is no text.
         """
         if self.file is not None:
             try:
-                found = Path(self.file).read_text(encoding="utf-8").strip()
+                found = Path(self.file).read_text(encoding="utf-8").rstrip("\r\n")
             except OSError as error:
                 raise SecretNotFoundError(
                     f"The secret {self.file!r} can't be read: {error.strerror}. Put the password "
                     "into that file, or name another."
                 ) from error
+            except UnicodeDecodeError:
+                # Not from the error: that shows what is in the file.
+                raise SecretNotFoundError(
+                    f"The secret {self.file!r} is no UTF-8 text. Save the password as UTF-8."
+                ) from None
         else:
             found = os.environ.get(self.variable or "", "")
         if not found:

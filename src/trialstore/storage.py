@@ -37,7 +37,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import checks, records as r, stale
-from trialstore.callbacks import StaleTrialCallback, as_retry
+from trialstore.callbacks import HAS_NEW_NAMES, StaleTrialCallback, as_retry
 from trialstore.clock import CLOCK, Clock
 from trialstore.contents import parse_distribution
 from trialstore.exchange import Alone, Exchanger
@@ -128,11 +128,13 @@ class Storage(BaseStorage, BaseHeartbeat):
                     "heartbeat_stale_trial_callback and failed_trial_callback are two names of "
                     "one thing; give one."
                 )
-            warnings.warn(
-                "failed_trial_callback is called heartbeat_stale_trial_callback since Optuna 4.9.",
-                FutureWarning,
-                stacklevel=3,
-            )
+            if HAS_NEW_NAMES:
+                warnings.warn(
+                    "failed_trial_callback is called heartbeat_stale_trial_callback since Optuna "
+                    "4.9.",
+                    FutureWarning,
+                    stacklevel=3,
+                )
         self.heartbeat_stale_trial_callback = (
             heartbeat_stale_trial_callback or failed_trial_callback
         )
