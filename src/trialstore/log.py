@@ -309,7 +309,7 @@ class LeaseStore(Protocol):
             study_id: Where to look.
             running: Trial id to owner of what the replica holds RUNNING, "" where unknown; a log
                 that keeps leases by trial may look for itself instead.
-            grace_period_s: By the log's clock.
+            grace_period_s: By the log's clock. A negative one asks for all that are covered.
         """
         ...
 

@@ -24,6 +24,9 @@ from trialstore.replica import Replica
 
 _logger = logging.getLogger("trialstore")
 
+# A beat is never in the future by this much, whatever the log's clock did.
+_BEFORE_ANY_BEAT_S = -1e6
+
 Retry = Callable[[FrozenTrial], dict[str, Any] | None]
 """The fields of the ``CreateTrial`` that queues a trial again; None where it is not to be. What it
 raises is the reason why there is no retry."""
@@ -50,6 +53,17 @@ def _expired(
         return list(log.expired(study_id, running, grace_period_s))
 
     return exchanger.use_log(ask)
+
+
+def covered(exchanger: Exchanger, study_id: int, running: Mapping[int, str]) -> list[int]:
+    """Those of the RUNNING trials that have a lease, be it expired or not.
+
+    Args:
+        exchanger: Of the storage.
+        study_id: Of the trials.
+        running: Trial id to owner, as ``LeaseStore.expired`` takes them.
+    """
+    return _expired(exchanger, study_id, running, _BEFORE_ANY_BEAT_S)
 
 
 def fail(

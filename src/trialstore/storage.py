@@ -16,7 +16,7 @@ This class asks its log for capabilities (``log.py``), never which log it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 import contextlib
 import copy
 from datetime import datetime
@@ -876,6 +876,18 @@ class Storage(BaseStorage, BaseHeartbeat):
             for study in self.get_all_studies()
             for trial_id in self.fail_stale_trials(study._study_id)
         ]
+
+    def is_any_covered(self, study_id: int, running: Mapping[int, str]) -> bool:
+        """Whether other storages' leases cover any of these: then it ends, or is found dead.
+
+        Args:
+            study_id: Of the trials.
+            running: RUNNING trials to their owners, "" where unknown.
+        """
+        others = {id_: owner for id_, owner in running.items() if not self._owns(id_)}
+        if not others or not self.is_heartbeat_enabled():
+            return False
+        return not others.keys().isdisjoint(stale.covered(self._exchanger, study_id, others))
 
     def _grace_period_s(self) -> float:
         return self._grace_period or 2 * (self._heartbeat_interval or 0)

@@ -88,5 +88,5 @@ class MemoryLog:
             return [
                 trial_id
                 for trial_id, owner in running.items()
-                if now_s - self._renewed_s.get(owner, now_s) > grace_period_s
+                if owner in self._renewed_s and now_s - self._renewed_s[owner] > grace_period_s
             ]
