@@ -37,6 +37,7 @@ _STOCK_SERVER = Capabilities(
     keeps_every_key=False,
     keeps_order=False,
     keeps_leases=False,
+    appends_conditionally=False,
     attribute_bytes_max=(4 << 20) - 1024,
 )
 

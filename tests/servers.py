@@ -227,6 +227,14 @@ class PostgreSQLServer(Server):
 
 class MariaDBServer(Server):
     def initialize(self) -> None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._install()
+            return
+        # On a busy machine it may give up on itself; it begins anew.
+        shutil.rmtree(self.folder / "data", ignore_errors=True)
+        self._install()
+
+    def _install(self) -> None:
         self.run(
             find_binary("mariadb-install-db", "mysql_install_db"),
             "--no-defaults", f"--datadir={self.folder}/data",

@@ -68,6 +68,10 @@ def _name(backend: Backend) -> str:
 
 
 for _backend in (*BACKENDS, *SERVER_BACKENDS):
+    if _backend.name == "grpc-stock-server":
+        # The server is Optuna's and judges by rules of its own, such as which parameters are
+        # compatible; the machine knows ours. Issue 7.
+        continue
     if _backend.capabilities.shared:
         globals()[f"TestMachineOn{_name(_backend)}"] = _test_case(_backend, True)
     if _backend.capabilities.shared and _backend.capabilities.reuses_ids:

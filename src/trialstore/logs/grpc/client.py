@@ -344,18 +344,23 @@ class GrpcLog:
     def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
         """See ``ConditionalLog``; ``decide`` runs here, and again if somebody came between.
 
-        The server compares what is new with what was decided on. On a plain Optuna server nobody
-        compares anything.
+        The server compares what is new with what was decided on.
+
+        Raises:
+            RuntimeError: It is a plain Optuna server, which compares nothing.
         """
         batch = self.exchange((), cursor, wanted)
+        if self._foreign is not None:
+            raise RuntimeError(
+                f"{self!r} is a plain Optuna server, which can't append on a condition: exact "
+                "budgets and queues need run_grpc_proxy_server of trialstore."
+            )
         expected = payload.digest_of_payloads(())
         give_up_at = self._clock.now_s() + self._retry_deadline_s
         while True:
             records = list(decide(batch.news, batch.cursor))
             if not records:
                 return Batch((), (), batch.cursor)
-            if self._foreign is not None:
-                return self._foreign.exchange(records, batch.cursor, wanted)
             packed = payload.pack_records(records)
             request = self._request(packed, records, batch.cursor, wanted)
             request.expected = expected

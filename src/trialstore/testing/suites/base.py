@@ -44,6 +44,7 @@ class Capabilities:
         keeps_objects: Attributes may be objects that are no JSON.
         keeps_microseconds: Times come back as they were given.
         keeps_leases: It knows which workers live, so that ``heartbeat_interval`` may be set.
+        appends_conditionally: What is decided on the contents is appended only while they last.
         reuses_ids: An id of something deleted may be given out again.
         attribute_bytes_max: The largest JSON of an attribute.
     """
@@ -58,6 +59,7 @@ class Capabilities:
     keeps_objects: bool = False
     keeps_microseconds: bool = True
     keeps_leases: bool = True
+    appends_conditionally: bool = True
     reuses_ids: bool = False
     attribute_bytes_max: int = 16 << 20
 
