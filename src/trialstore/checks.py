@@ -22,7 +22,7 @@ from optuna.distributions import (
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from trialstore.records import ObjectText, Operation
+from trialstore.records import ObjectText
 
 # Most trials of a study suggest from the same few ranges, and json takes longer than all the
 # rest of a deferred write.
@@ -39,15 +39,13 @@ def text(value: Any, what: str) -> str:
     return str(value)
 
 
-def ids(record: Operation) -> None:
+def number(value: Any, what: str) -> None:
     """Raises TypeError for a study or trial id that is no int.
 
     numpy's integers and bools are equal to one, and would be found; a log can't keep them.
     """
-    for name in ("study_id", "trial_id"):
-        value = getattr(record, name, 0)
-        if type(value) is not int:
-            raise TypeError(f"{name} must be an int, not {type(value).__name__}: {value!r}.")
+    if type(value) is not int:
+        raise TypeError(f"{what} must be an int, not {type(value).__name__}: {value!r}.")
 
 
 def json_value(value: Any, what: str) -> Any:

@@ -64,12 +64,11 @@ class InMemoryStorage(Storage):
             return answer(self._replica)
 
     def _write(self, record: AnyOperation) -> Outcome:
-        checks.ids(record)
         with self._exchanger.mutex:
             return self._replica.apply(record)
 
     def _write_trial(self, record: TrialWrite) -> None:
-        checks.ids(record)
+        checks.number(record.trial_id, "trial_id")
         with self._exchanger.mutex:
             outcome = self._replica.apply(record)
         if outcome is not ACCEPTED:

@@ -281,7 +281,6 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def _write(self, record: r.AnyOperation) -> Outcome:
         """Append a record, unless it would be refused, and say what became of it."""
-        checks.ids(record)
         if self._limits is not None:
             self._limits.check((record,))
         outcome = self._judge(record)
@@ -323,8 +322,8 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def _write_trial(self, record: r.TrialWrite) -> None:
         """A parameter, attribute or intermediate value: put off if the trial is this storage's."""
-        checks.ids(record)
         exchanger, trial_id = self._exchanger, record.trial_id
+        checks.number(trial_id, "trial_id")
         exchanger.raise_rejected(trial_id)
         if self._limits is not None:
             self._limits.check((record,))
@@ -464,6 +463,7 @@ class Storage(BaseStorage, BaseHeartbeat):
     def _write_study(
         self, record: r.DeleteStudy | r.SetStudyUserAttr | r.SetStudySystemAttr
     ) -> None:
+        checks.number(record.study_id, "study_id")
         outcome = self._write(record)
         if outcome.verdict is not Verdict.ACCEPTED:
             raise self._refusal(record, outcome)
@@ -520,6 +520,7 @@ class Storage(BaseStorage, BaseHeartbeat):
     # --- trials ----------------------------------------------------------------------------------
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        checks.number(study_id, "study_id")
         fields: dict[str, Any]
         if template_trial is None:
             fields = {"datetime_start": self._now()}
@@ -604,6 +605,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             UpdateFinishedTrialError: It is finished, be it by somebody else a moment ago.
             ValueError: ``values`` hold NaN or are not one per objective.
         """
+        checks.number(trial_id, "trial_id")
         exchanger = self._exchanger
         exchanger.raise_rejected(trial_id)
         code = checks.trial_state(state)
