@@ -24,17 +24,31 @@ def _study(path: Path, heartbeat_interval: int | None, **options: Any) -> optuna
     return optuna.create_study(study_name="study", storage=storage, load_if_exists=True)
 
 
+def _states(study: optuna.Study) -> Counter[str]:
+    return Counter(trial.state.name for trial in study.get_trials())
+
+
 def _objective(trial: optuna.Trial) -> float:
-    """A third of the trials is pruned."""
-    if trial.number % 3 == 1:
-        raise TrialPruned
     return 0.0
 
 
 def test_threads_of_one_storage_wait_for_each_other_without_heartbeats(tmp_path: Path) -> None:
-    study = _study(tmp_path / "journal", None)
-    study.optimize(trialstore.MaxTrials(10)(_objective), n_jobs=4)
-    assert Counter(trial.state.name for trial in study.trials)["COMPLETE"] == 10
+    clock = ManualClock()
+    study = _study(tmp_path / "journal", None, clock=clock)
+    ran: list[int] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        ran.append(trial.number)
+        if len(ran) > 1:
+            return 0.0
+        # The one slot is held until another thread waits for it, or has given up.
+        wait_until(
+            lambda: clock.slept_s > 0 or "PRUNED" in _states(study), "a thread without a slot"
+        )
+        raise TrialPruned
+
+    study.optimize(trialstore.MaxTrials(1)(objective), n_jobs=2)
+    assert _states(study)["COMPLETE"] == 1
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
