@@ -186,11 +186,20 @@ def test_ctrl_c_ends_a_command_with_130(tmp_path: Path) -> None:
         sys.executable, "-m", "trialstore", "bench", str(path), "--trials", "1000000",
         "--seconds", "1000",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell starts what it puts in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     size = path.stat().st_size
     deadline_s = time.monotonic() + 60
-    while path.stat().st_size < size + 5_000:
-        assert time.monotonic() < deadline_s
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        while path.stat().st_size < size + 5_000:
+            assert time.monotonic() < deadline_s
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
