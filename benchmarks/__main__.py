@@ -12,6 +12,7 @@ NAMES = (
     "opening",
     "one_of_many",
     "catalogue",
+    "queue",
     "memory",
     "redis_journal",
     "tables",

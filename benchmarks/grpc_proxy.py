@@ -34,6 +34,8 @@ from trialstore.testing.faults import CountingProxy
 
 _NAMES = (OURS, "optuna")
 _DELAY_S = 0.005
+_CALLS = 4
+"""Of a trial with RandomSampler."""
 
 
 def main() -> int:
@@ -145,6 +147,10 @@ def compare_trials(report: Report, ports: dict[str, int], n_trials: int, rounds:
     )
     report.add(Row("a trial", "ms", harness.medians(costs, lambda cost: cost.wall_ms)))
     report.add(Row("a trial", "client CPU ms", harness.medians(costs, lambda cost: cost.cpu_ms)))
+    floors = [floor(ports[OURS], n_trials) for _ in range(rounds)]
+    for unit, of in (("ms", "wall_ms"), ("client CPU ms", "cpu_ms")):
+        least = statistics.median(getattr(cost, of) for cost in floors)
+        report.add(Row("the floor of a trial", unit, {OURS: least}))
     delayed = {}
     for name in _NAMES:
         with CountingProxy("localhost", ports[name]) as proxy:
@@ -152,6 +158,26 @@ def compare_trials(report: Report, ports: dict[str, int], n_trials: int, rounds:
             proxy.delay_s = _DELAY_S
             delayed[name] = harness.optimize(study, 5).wall_ms
     report.add(Row("a trial, 5 ms each way", "ms", delayed))
+    with CountingProxy("localhost", ports[OURS], delay_s=_DELAY_S) as proxy:
+        least = floor(proxy.port, 5).wall_ms
+    report.add(Row("the floor of a trial, 5 ms each way", "ms", {OURS: least}))
+
+
+def floor(port: int, n_trials: int) -> Cost:
+    """What no client can go below: the calls of a trial, saying nothing, beside a trial of
+    Optuna's that is kept in its own memory."""
+    study = harness.new_study(optuna.storages.InMemoryStorage())
+    study.optimize(harness.objective, n_trials=3)
+    alone = harness.optimize(study, n_trials)
+    with grpc.insecure_channel(f"localhost:{port}") as channel:
+        call = channel.unary_unary("/grpc.health.v1.Health/Check")
+        call(b"")
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        for _ in range(n_trials * _CALLS):
+            call(b"")
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    each_ms = 1e3 / n_trials
+    return Cost(alone.wall_ms + wall_s * each_ms, alone.cpu_ms + cpu_s * each_ms)
 
 
 @contextlib.contextmanager

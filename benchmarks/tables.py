@@ -1,8 +1,8 @@
 """The tables on database servers beside Optuna's: round trips, time and CPU per trial, pruning,
 many processes.
 
-Starts a private PostgreSQL and MariaDB for each run, as the tests do. (Files of SQLite are in
-``per_trial``, ``crowd`` and ``opening``.)
+Starts a private PostgreSQL and MariaDB for each run, as the tests do. Beside a trial stands its
+``floor``. (Files of SQLite are in ``per_trial``, ``crowd`` and ``opening``.)
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import sqlalchemy as sa
 from tests.servers import new_database
 
 from benchmarks import crowd, harness
+from benchmarks.floor import Floor
 from benchmarks.harness import OURS, Cost, Report, Row
 from trialstore.testing.faults import CountingProxy
 
 _NAMES = (OURS, "optuna")
+_FLOOR = "floor"
 _DELAY_S = 0.005
 _N_DELAYED = 5
 
@@ -82,13 +84,27 @@ def compare_trips(report: Report, driver: str) -> None:
 
 def compare_trials(report: Report, driver: str, n_trials: int, rounds: int) -> None:
     studies = {name: warm_study(name, new_database(driver, report.folder)) for name in _NAMES}
-    costs: dict[str, list[Cost]] = harness.in_turn(
-        _NAMES, rounds, lambda name: harness.optimize(studies[name], n_trials)
-    )
-    wall_ms = harness.medians(costs, lambda cost: cost.wall_ms)
-    report.add(Row(f"{driver}, a trial", "wall ms", wall_ms))
-    cpu_ms = harness.medians(costs, lambda cost: cost.cpu_ms)
-    report.add(Row(f"{driver}, a trial", "CPU ms", cpu_ms))
+    bare = Floor(new_database(driver, report.folder))
+
+    def sample(name: str) -> Cost:
+        if name == _FLOOR:
+            return bare.measure(n_trials)
+        return harness.optimize(studies[name], n_trials)
+
+    costs: dict[str, list[Cost]] = harness.in_turn((*_NAMES, _FLOOR), rounds, sample)
+    for unit, of in (("wall ms", _wall_ms), ("CPU ms", _cpu_ms)):
+        medians = harness.medians(costs, of)
+        floor = medians.pop(_FLOOR)
+        notes = {"floor": round(floor, 2), "its factor": round(medians["optuna"] / floor, 1)}
+        report.add(Row(f"{driver}, a trial", unit, medians, notes=notes))
+
+
+def _wall_ms(cost: Cost) -> float:
+    return cost.wall_ms
+
+
+def _cpu_ms(cost: Cost) -> float:
+    return cost.cpu_ms
 
 
 def compare_pruning(report: Report, driver: str, n_known: int) -> None:

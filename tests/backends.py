@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.storages.journal import BaseJournalBackend
 import pytest
 
@@ -32,12 +33,18 @@ _MARIADB = Capabilities(
     keeps_microseconds=False,
     attribute_bytes_max=65_535,
 )
-# What protobuf does to it: messages end at 4 MiB, names are UTF-8, and a map has no order.
+# What protobuf does to it: messages end at 4 MiB, names are UTF-8, a map has no order. What the
+# service does: it turns a choice into a value and looks for that among the choices again, of equal
+# ones it finds the first. And what Optuna's storage in memory does, which judges there: of a
+# template's parameters it takes no notice.
 _STOCK_SERVER = Capabilities(
+    tells_equal_choices_apart=False,
+    templates_bind=False,
     keeps_every_key=False,
     keeps_order=False,
     keeps_leases=False,
     appends_conditionally=False,
+    tells_only_news=False,
     attribute_bytes_max=(4 << 20) - 1024,
 )
 
@@ -53,6 +60,8 @@ class Backend:
         capabilities: Of the store.
         needs_server: A database server has to be started.
         machine_runs: How many runs of the stateful machine it is worth.
+        open_plain: Opens the same store with Optuna's own storage, where there is one; takes the
+            arguments of what ``prepare`` returned.
     """
 
     name: str
@@ -61,6 +70,7 @@ class Backend:
     needs_server: bool = False
     marks: tuple[Any, ...] = field(default=())
     machine_runs: int = 40
+    open_plain: Callable[..., BaseStorage] | None = None
 
 
 def open_memory(**options: Any) -> Storage:
@@ -95,6 +105,21 @@ class ListBackend(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         self.logs.extend(logs)
+
+
+def open_plain_journal(path: str, lock: str = "default") -> BaseStorage:
+    lock_obj = optuna.storages.journal.JournalFileOpenLock(path) if lock == "open" else None
+    backend = optuna.storages.journal.JournalFileBackend(path, lock_obj)
+    return optuna.storages.JournalStorage(backend)
+
+
+def open_plain_tables(url: str) -> BaseStorage:
+    return optuna.storages.RDBStorage(url)
+
+
+def open_plain_redis(url: str, use_cluster: bool, prefix: str) -> BaseStorage:
+    backend = optuna.storages.journal.JournalRedisBackend(url, use_cluster, prefix)
+    return optuna.storages.JournalStorage(backend)
 
 
 def open_backend(backend: BaseJournalBackend, **options: Any) -> Storage:
@@ -133,7 +158,16 @@ def _grpc(kind: str, **options: Any) -> Callable[[Path], OpenStorage]:
     return lambda folder: prepare_grpc(kind, folder, **options)
 
 
-_SERVERS = (pytest.mark.servers,)
+def _server(
+    name: str,
+    prepare: Callable[[Path], OpenStorage],
+    capabilities: Capabilities,
+    machine_runs: int,
+    open_plain: Callable[..., BaseStorage] | None = None,
+) -> Backend:
+    marks = (pytest.mark.servers,)
+    return Backend(name, prepare, capabilities, True, marks, machine_runs, open_plain)
+
 
 BACKENDS = [
     Backend(
@@ -141,19 +175,20 @@ BACKENDS = [
         lambda folder: open_memory,
         Capabilities(shared=False, crosses_processes=False, lingers=False, keeps_objects=True),
     ),
-    Backend("journal-file", _journal("default")),
-    Backend("journal-file-symlink-lock", _journal("symlink")),
-    Backend("journal-file-open-lock", _journal("open")),
+    Backend("journal-file", _journal("default"), open_plain=open_plain_journal),
+    Backend("journal-file-symlink-lock", _journal("symlink"), open_plain=open_plain_journal),
+    Backend("journal-file-open-lock", _journal("open"), open_plain=open_plain_journal),
     Backend(
         "journal-optuna-file",
         lambda folder: functools.partial(open_optuna_backend, str(folder / "journal.log")),
+        open_plain=open_plain_journal,
     ),
     Backend(
         "journal-custom-backend",
         lambda folder: functools.partial(open_backend, ListBackend()),
         Capabilities(crosses_processes=False, keeps_leases=False),
     ),
-    Backend("sqlite-file", _tables("sqlite"), _SQLITE),
+    Backend("sqlite-file", _tables("sqlite"), _SQLITE, open_plain=open_plain_tables),
     Backend(
         "sqlite-memory",
         _tables("memory"),
@@ -171,13 +206,14 @@ BACKENDS = [
 ]
 
 SERVER_BACKENDS = [
-    Backend("journal-redis", _redis, _JOURNAL, True, _SERVERS),
-    Backend("journal-redis-hash-tag", _redis_cluster("{p%d}"), _JOURNAL, True, _SERVERS, 10),
-    Backend("journal-redis-plain-prefix", _redis_cluster("p%d"), _JOURNAL, True, _SERVERS, 10),
-    Backend("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, True, _SERVERS),
-    Backend("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, True, _SERVERS),
-    Backend("mariadb-pymysql", _tables("pymysql"), _MARIADB, True, _SERVERS),
-    Backend("grpc-postgresql", _grpc("psycopg"), _POSTGRESQL, True, _SERVERS),
+    _server("journal-redis", _redis, _JOURNAL, 40, open_plain_redis),
+    # Optuna's own needs one server for all keys.
+    _server("journal-redis-hash-tag", _redis_cluster("{p%d}"), _JOURNAL, 10),
+    _server("journal-redis-plain-prefix", _redis_cluster("p%d"), _JOURNAL, 10),
+    _server("postgresql-psycopg", _tables("psycopg"), _POSTGRESQL, 25, open_plain_tables),
+    _server("postgresql-psycopg2", _tables("psycopg2"), _POSTGRESQL, 25, open_plain_tables),
+    _server("mariadb-pymysql", _tables("pymysql"), _MARIADB, 25, open_plain_tables),
+    _server("grpc-postgresql", _grpc("psycopg"), _POSTGRESQL, 40),
 ]
 
 

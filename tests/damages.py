@@ -8,9 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import json
+from pathlib import Path
+import shutil
+import sqlite3
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 Lines = list[bytes]
+
+
+def damage_journal(name: str, source: Path, target: Path) -> tuple[Lines, Lines]:
+    """Write the damaged lines of one journal to another; returns them as they were and are."""
+    before = source.read_bytes().splitlines(keepends=True)
+    after = JOURNAL_DAMAGES[name][0](before)
+    target.write_bytes(b"".join(after))
+    return before, after
+
+
+def damage_tables(name: str, source: Path, target: Path) -> str:
+    """Damage a copy of a SQLite file; returns its URL."""
+    shutil.copy(source, target)
+    connection = sqlite3.connect(target)
+    connection.executescript(SQLITE_DAMAGES[name][0])
+    connection.close()
+    return f"sqlite:///{target}"
+
+
+def damage_redis(name: str, url: str) -> None:
+    """Damage a journal in Redis where it is."""
+    import redis
+
+    prefix = parse_qs(urlsplit(url).query)["prefix"][0]
+    with redis.Redis.from_url(url.partition("?")[0]) as client:
+        REDIS_DAMAGES[name][0](client, prefix)
 
 
 def _index(lines: Lines, op_code: int, which: int = -1) -> int:

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 import queue
 import random
+import signal
 import socket
 import sys
 import threading
@@ -28,7 +29,7 @@ import optuna
 from servers import free_port, new_database
 import trialstore
 from trialstore import grpc as trialstore_grpc
-from trialstore.logs.grpc.server import ProxyServer, Security
+from trialstore.logs.grpc.server import LogServicer, ProxyServer, Security
 from trialstore.storage import Storage
 
 _DEADLINE_S = 120.0
@@ -167,8 +168,25 @@ def prepare_grpc(kind: str, folder: Path, *, stock: bool = False) -> Any:
 # --- one server, to be killed --------------------------------------------------------------------
 
 
-def _run_server(url: str, path: list[str], options: dict[str, Any]) -> None:
+def _die_before_replying(order: Path) -> None:
+    """Have this process end, as by SIGKILL, with the next records that are in the log when their
+    answer is not yet on its way; as soon as there is a file that orders it."""
+    exchange = LogServicer.Exchange
+
+    def dying(self: LogServicer, request: Any, context: Any) -> Any:
+        reply = exchange(self, request, context)
+        if request.records and order.exists():
+            order.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return reply
+
+    LogServicer.Exchange = dying  # type: ignore[method-assign]
+
+
+def _run_server(url: str, path: list[str], options: dict[str, Any], dies_by: Path | None) -> None:
     sys.path[:] = path
+    if dies_by is not None:
+        _die_before_replying(dies_by)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("trialstore").setLevel(logging.ERROR)
     trialstore_grpc.run_grpc_proxy_server(open_served(url), **options)
@@ -189,11 +207,13 @@ class KillableServer:
 
     Args:
         url: What it stands on; something that survives it.
+        dies_by: A file; once it is there, the server dies of the next write, whose answer is lost.
         options: Passed to ``run_grpc_proxy_server``.
     """
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, *, dies_by: Path | None = None, **options: Any) -> None:
         self.url = url
+        self._dies_by = dies_by
         self.port = options.setdefault("port", _own_port())
         self.options = options
         self.process: Any = None
@@ -203,7 +223,9 @@ class KillableServer:
     def start(self, *, wait: bool = True) -> None:
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(
-            target=_run_server, args=(self.url, sys.path, self.options), daemon=True
+            target=_run_server,
+            args=(self.url, sys.path, self.options, self._dies_by),
+            daemon=True,
         )
         self.process.start()
         if wait:

@@ -51,7 +51,7 @@ def free_port() -> int:
         return port
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A test process that is killed runs no ``atexit``; the kernel ends its servers (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
@@ -116,7 +116,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 cwd=self.folder,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
                 **self._as_user(),
             )
         give_up_at = time.monotonic() + _READY_S

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import json
 from pathlib import Path
+import signal
+import subprocess
 import sys
+import time
 from typing import Any, NamedTuple
+import urllib.error
+import urllib.request
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -15,10 +22,11 @@ import pytest
 
 from grpc_servers import serve
 from redis_servers import new_prefix
-from servers import new_database, shared_redis
+from servers import free_port, new_database, shared_redis
 from trialstore.cli import main
 
 _SERVERS = pytest.mark.servers
+_DEADLINE_S = 100.0
 
 
 def _redis(folder: Path) -> str:
@@ -87,6 +95,47 @@ class Cli:
         return result.json
 
 
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[int]:
+    """``trialstore`` with a command that runs until it is ended; yields the port it listens on."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trialstore", *arguments, "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield port
+        process.terminate()
+        assert process.wait(_DEADLINE_S) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def fetch(port: int, path: str) -> Any:
+    """What a web server on this machine answers, from JSON."""
+    return json.loads(read(port, path))
+
+
+def read(port: int, path: str) -> bytes:
+    """The same as bytes; tried again until the server listens."""
+    give_up_at = time.monotonic() + _DEADLINE_S
+    while True:
+        try:
+            with urllib.request.urlopen(
+                f"http://localhost:{port}{path}", timeout=_DEADLINE_S
+            ) as answer:
+                body: bytes = answer.read()
+                return body
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.05)
+
+
 def fill(storage: BaseStorage, name: str = "colours", n_trials: int = 12) -> optuna.Study:
     """A study with every state, and whatever a trial can hold; whole seconds, for MariaDB."""
     study = optuna.create_study(
@@ -120,7 +169,10 @@ def fill(storage: BaseStorage, name: str = "colours", n_trials: int = 12) -> opt
     running.set_user_attr("still", "running")
     study.enqueue_trial({"x": 0.5})
     several = optuna.create_study(
-        study_name=f"{name}, several", storage=storage, directions=["maximize", "minimize"]
+        study_name=f"{name}, several",
+        storage=storage,
+        directions=["maximize", "minimize"],
+        sampler=optuna.samplers.RandomSampler(seed=2),
     )
     several.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 1.0), n_trials=3)
     optuna.create_study(study_name=f"{name}, empty", storage=storage)

@@ -34,6 +34,8 @@ _JSON_TYPES = frozenset({str, int, float, bool, type(None)})
 
 def text(value: Any, what: str) -> str:
     """A name or key. Raises TypeError for anything but a str."""
+    if type(value) is str:
+        return value
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a str, not {type(value).__name__}: {value!r}.")
     return str(value)
@@ -84,8 +86,16 @@ def direction_codes(directions: Sequence[StudyDirection]) -> list[int]:
     return [int(direction) for direction in directions]
 
 
-def distribution_text(distribution: BaseDistribution, name: str) -> str:
-    """Optuna's JSON of a distribution. Raises TypeError or ValueError if it has none."""
+def distribution_text(
+    distribution: BaseDistribution, name: str, *, any_choices: bool = False
+) -> str:
+    """Optuna's JSON of a distribution. Raises TypeError or ValueError if it has none.
+
+    Args:
+        distribution: Of a parameter.
+        name: The parameter's, for the error.
+        any_choices: Whether choices may be any objects, and stay the same ones.
+    """
     if type(distribution) is FloatDistribution or type(distribution) is IntDistribution:
         key = (
             type(distribution),
@@ -105,6 +115,12 @@ def distribution_text(distribution: BaseDistribution, name: str) -> str:
             f"The distribution of parameter {name!r} must be one of optuna.distributions, "
             f"not {distribution!r}."
         )
+    if any_choices and isinstance(distribution, CategoricalDistribution):
+        choices = distribution.choices
+        if not all(type(choice) in _JSON_TYPES for choice in choices):
+            stand_in = ObjectText(f"{distribution!r} {[id(choice) for choice in choices]}")
+            stand_in.distribution = distribution
+            return stand_in
     try:
         return distribution_to_json(distribution)
     except (TypeError, ValueError) as error:
@@ -112,17 +128,6 @@ def distribution_text(distribution: BaseDistribution, name: str) -> str:
             f"The distribution of parameter {name!r} can't be stored: {error}. Use choices that "
             "are str, number, bool or None and map them to objects in the objective."
         ) from error
-
-
-def object_text(distribution: BaseDistribution, name: str) -> str:
-    """As ``distribution_text``, but choices may be any objects and stay the same ones."""
-    if not isinstance(distribution, CategoricalDistribution):
-        return distribution_text(distribution, name)
-    if all(type(choice) in _JSON_TYPES for choice in distribution.choices):
-        return distribution_text(distribution, name)
-    stand_in = ObjectText(f"{distribution!r} {[id(choice) for choice in distribution.choices]}")
-    stand_in.distribution = distribution
-    return stand_in
 
 
 def internal_value(value: Any, distribution: BaseDistribution, name: str) -> float:
@@ -135,9 +140,7 @@ def internal_value(value: Any, distribution: BaseDistribution, name: str) -> flo
         internal = float(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"Parameter {name!r}: {value!r} is no number.") from error
-    if type(distribution) is FloatDistribution:
-        if math.isnan(internal):
-            raise ValueError(f"Parameter {name!r} must not be NaN.")
+    if type(distribution) is FloatDistribution and internal == internal:
         return internal
     if isinstance(distribution, CategoricalDistribution):
         n_choices = len(distribution.choices)
@@ -161,7 +164,10 @@ def objective_values(values: Sequence[float] | None, n_objectives: int) -> list[
         return None
     if isinstance(values, (str, bytes)):
         raise TypeError(f"values must be a sequence of floats, not {values!r}.")
-    floats = [_number(value, "An objective value") for value in values]
+    try:
+        floats = list(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Objective values must be floats, not {values!r}.") from error
     if any(map(math.isnan, floats)):
         raise ValueError(f"Objective values must not be NaN: {floats}. Tell the trial as FAIL.")
     if len(floats) != n_objectives:
@@ -210,7 +216,7 @@ def template_fields(
     template: FrozenTrial,
     n_objectives: int,
     attribute: Callable[[Any, str], Any],
-    distribution_json: Callable[[BaseDistribution, str], str],
+    any_choices: bool,
     format_time: Callable[[datetime], str],
 ) -> dict[str, Any]:
     """The fields of ``CreateTrial`` that a template gives.
@@ -226,7 +232,7 @@ def template_fields(
         )
     for name, external in template.params.items():
         distribution = template.distributions[text(name, "A parameter name")]
-        distributions[name] = distribution_json(distribution, name)
+        distributions[name] = distribution_text(distribution, name, any_choices=any_choices)
         internal = distribution.to_internal_repr(external)
         params[name] = internal_value(internal, distribution, name)
     values = objective_values(template.values, n_objectives)

@@ -87,7 +87,7 @@ def trim(log: _TrimmableLog, *, force: bool = False) -> Compacted:
         force: Also if plain Optuna workers have written to it. They must have been stopped.
 
     Raises:
-        As ``compact``.
+        CompactionRefusedError, LogUnavailableError: As ``compact``.
     """
     if not isinstance(log, TrimmableLog):
         raise TypeError(

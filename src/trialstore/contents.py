@@ -10,7 +10,9 @@ contents until then and the ``FrozenTrial`` afterwards, not both.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+import copy
 from datetime import datetime
+import functools
 import logging
 import math
 from typing import Any, Final
@@ -96,16 +98,7 @@ class TrialContents:
             self.start = self._parsed("datetime_start", self.start)
         if isinstance(self.complete, str):
             self.complete = self._parsed("datetime_complete", self.complete)
-        contents: tuple[dict[Any, Any], ...] = (
-            self.params,
-            self.distributions,
-            self.user_attrs,
-            self.system_attrs,
-            self.intermediate_values,
-        )
-        if own_containers:
-            contents = tuple(map(dict, contents))
-        params, distributions, user_attrs, system_attrs, intermediate_values = contents
+        own = own_containers
         return FrozenTrial(
             trial_id=self.id,
             number=self.number,
@@ -114,12 +107,22 @@ class TrialContents:
             values=self.values,
             datetime_start=self.start,
             datetime_complete=self.complete,
-            params=params,
-            distributions=distributions,
-            user_attrs=user_attrs,
-            system_attrs=system_attrs,
-            intermediate_values=intermediate_values,
+            params=self.params.copy() if own else self.params,
+            distributions=self.distributions.copy() if own else self.distributions,
+            user_attrs=self.user_attrs.copy() if own else self.user_attrs,
+            system_attrs=self.system_attrs.copy() if own else self.system_attrs,
+            intermediate_values=(
+                self.intermediate_values.copy() if own else self.intermediate_values
+            ),
         )
+
+    def apart(self) -> TrialContents:
+        """A copy with containers of its own."""
+        apart = copy.copy(self)
+        apart.params, apart.distributions = dict(self.params), dict(self.distributions)
+        apart.user_attrs, apart.system_attrs = dict(self.user_attrs), dict(self.system_attrs)
+        apart.intermediate_values = dict(self.intermediate_values)
+        return apart
 
     def shared_view(self) -> FrozenTrial:
         """The unfinished trial as it stands, one object for all readers until it changes."""
@@ -129,16 +132,10 @@ class TrialContents:
 
     def about_to_change(self) -> None:
         """To be called before a change of the unfinished trial: who has read the queue may look
-        at its trials later, and sees them as they were."""
+        at its trials later, and sees them as they were; readers from now on see the change."""
         if self.state == r.WAITING:
-            self.shared_view()
-
-    def changed(self) -> None:
-        """To be called after a change of the unfinished trial, so that readers see it."""
-        if self.view is not None:
-            before, self.view = self.view, None
-            if self.state == r.WAITING:
-                self.study.waiting.renew(self, before)
+            self.study.waiting.renew()
+        self.view = None
 
     def _parsed(self, field: str, text: str) -> datetime | None:
         try:
@@ -284,6 +281,17 @@ class StudyContents:
         texts = self._distribution_texts()
         return (_trial_image(slot, self.id, texts) for slot in self.slots)
 
+    def still_images(self) -> Iterator[r.PutTrial]:
+        """As ``trial_images``, of this moment, however late they are asked for."""
+        texts = self._distribution_texts()
+        slots: list[Any] = self.slots.copy()  # a finished trial never changes
+        for trial in self.unfinished.values():
+            slots[trial.index] = _trial_image(trial.apart(), self.id, texts)
+        return (
+            slot if isinstance(slot, r.PutTrial) else _trial_image(slot, self.id, texts)
+            for slot in slots
+        )
+
     def unfinished_images(self) -> Iterator[r.PutTrial]:
         """By id."""
         texts = self._distribution_texts()
@@ -328,7 +336,11 @@ def _internal(distribution: BaseDistribution, external: Any) -> float:
 
 def parse_distribution(json: str) -> BaseDistribution:
     """Raises what Optuna raises for a text that holds none."""
-    return json.distribution if isinstance(json, r.ObjectText) else json_to_distribution(json)
+    return json.distribution if isinstance(json, r.ObjectText) else _parsed(json)
+
+
+# Studies of one process often search the same space, and json takes longer than all else about it.
+_parsed = functools.lru_cache(maxsize=1024)(json_to_distribution)
 
 
 def _trial_image(

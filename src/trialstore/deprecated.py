@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+import functools
+from typing import Any, TypeVar
 import warnings
 
 from optuna.storages import BaseJournalLogStorage
@@ -23,41 +25,46 @@ __all__ = [
 ]
 
 
-def _warn(old: str, new: str) -> None:
-    warnings.warn(
-        f"{old} is deprecated since Optuna 4.0 and will be removed with it; use {new}.",
-        FutureWarning,
-        stacklevel=3,
-    )
+_Class = TypeVar("_Class", bound=type[Any])
 
 
+def _deprecated(new: str) -> Callable[[_Class], _Class]:
+    """Warn when the class is constructed, which takes what ``new`` takes."""
+
+    def decorate(old: _Class) -> _Class:
+        init = old.__init__
+
+        @functools.wraps(init)
+        def warn_and_init(self: Any, *args: Any, **kwargs: Any) -> None:
+            warnings.warn(
+                f"trialstore.{old.__name__} is deprecated since Optuna 4.0 and will be removed "
+                f"with it; use {new}.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            init(self, *args, **kwargs)
+
+        old.__init__ = warn_and_init
+        return old
+
+    return decorate
+
+
+@_deprecated("trialstore.journal.JournalFileBackend")
 class JournalFileStorage(JournalFileBackend):
     """The old name of ``trialstore.journal.JournalFileBackend``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _warn("JournalFileStorage", "trialstore.journal.JournalFileBackend")
-        super().__init__(*args, **kwargs)
 
-
+@_deprecated("trialstore.journal.JournalRedisBackend")
 class JournalRedisStorage(JournalRedisBackend):
     """The old name of ``trialstore.journal.JournalRedisBackend``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _warn("JournalRedisStorage", "trialstore.journal.JournalRedisBackend")
-        super().__init__(*args, **kwargs)
 
-
+@_deprecated("trialstore.journal.JournalFileSymlinkLock")
 class JournalFileSymlinkLock(_JournalFileSymlinkLock):
     """The old import path of ``trialstore.journal.JournalFileSymlinkLock``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _warn("trialstore.JournalFileSymlinkLock", "trialstore.journal.JournalFileSymlinkLock")
-        super().__init__(*args, **kwargs)
 
-
+@_deprecated("trialstore.journal.JournalFileOpenLock")
 class JournalFileOpenLock(_JournalFileOpenLock):
     """The old import path of ``trialstore.journal.JournalFileOpenLock``."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _warn("trialstore.JournalFileOpenLock", "trialstore.journal.JournalFileOpenLock")
-        super().__init__(*args, **kwargs)

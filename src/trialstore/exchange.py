@@ -42,17 +42,21 @@ from trialstore.records import (
     Operation,
     Outcome,
     Record,
+    SetTrialStateValues,
     TrialWrite,
     Verdict,
 )
-from trialstore.replica import Replica
-from trialstore.snapshot import Saver, apply_all, catch_up, restore, restore_base
+from trialstore.replica import Replica, Still
+from trialstore.snapshot import Restored, Saver, apply_all, catch_up, restore, restore_base
 
 _logger = logging.getLogger("trialstore")
 _T = TypeVar("_T")
 
 _RETRY_PAUSE_MAX_S = 1.0
 _OUTBOX_MAX = 4096
+_IDLE_ROUNDS = 10
+"""So many lingers the thread stays when nothing waits. With others at work a trial takes longer
+than one linger, and a new thread for each of them would cost it milliseconds."""
 # Each load reads the whole snapshot and builds again what is held. Whoever has wanted so many
 # studies one after the other is about to want them all.
 _STUDIES_APART_MAX = 16
@@ -99,10 +103,12 @@ class Exchanger:
         self._exchanged = threading.Condition(self.mutex)
         self._lingering = threading.Condition(self.mutex)
         self.worker_id = str(uuid.uuid4())
-        self._seqs = itertools.count()
+        self.seqs = itertools.count()  # never twice the same in a ``worker_id``'s records
         self._gathered: Sequence[_Call] = _NO_CALLS
         self._leader: int | None = None  # thread that has an exchange on the wire
         self._outbox: list[TrialWrite] = []
+        # What the leader has taken out of the outbox and the log has not taken yet.
+        self._sending: list[TrialWrite] = []
         self._outbox_due_s = 0.0
         self._linger_thread: threading.Thread | None = None
         self._rejected: dict[int, list[str]] = {}
@@ -111,8 +117,12 @@ class Exchanger:
     # --- sequence and outbox ---------------------------------------------------------------------
 
     def marks(self) -> dict[str, Any]:
-        """``worker_id`` and a ``seq`` that no other record of it has."""
-        return {"worker_id": self.worker_id, "seq": next(self._seqs)}
+        """``worker_id`` and a ``seq`` that no other record of it has.
+
+        Records of which every trial has some are made without this dictionary, which costs as
+        much as the record itself.
+        """
+        return {"worker_id": self.worker_id, "seq": next(self.seqs)}
 
     def defer(self, record: TrialWrite) -> bool:
         """Put a record off until the next exchange, at most for the linger; hold the mutex.
@@ -125,6 +135,11 @@ class Exchanger:
             self._begin_to_linger()
         self._outbox.append(record)
         return len(self._outbox) >= _OUTBOX_MAX
+
+    def put_off(self, trial_id: int) -> list[TrialWrite]:
+        """Deferred records on a trial that the log has not taken yet; hold the mutex."""
+        deferred = (*self._sending, *self._outbox)
+        return [record for record in deferred if record.trial_id == trial_id]
 
     def _begin_to_linger(self) -> None:
         if self._linger_thread is None:
@@ -140,13 +155,22 @@ class Exchanger:
             return bool(self._outbox) or self._leader is not None
 
     def _linger(self) -> None:
-        """Exchange what has waited for the linger; ends when nothing waits."""
+        """Exchange what has waited for the linger; ends when nothing has for some lingers.
+
+        Whatever is put off while it waits is not due before it looks again.
+        """
         pause_s = self._linger_s
+        n_idle = 0
         while True:
             with self.mutex:
                 if not self._outbox:
-                    self._linger_thread = None
-                    return
+                    n_idle += 1
+                    if n_idle > _IDLE_ROUNDS:
+                        self._linger_thread = None
+                        return
+                    self._clock.wait(self._lingering, self._linger_s)
+                    continue
+                n_idle = 0
                 remaining_s = self._outbox_due_s - self._clock.now_s()
                 if remaining_s > 0:
                     self._clock.wait(self._lingering, remaining_s)
@@ -186,12 +210,15 @@ class Exchanger:
 
     # --- exchanges -------------------------------------------------------------------------------
 
-    def run(self, records: Sequence[AnyOperation], wanted: Wanted) -> list[Outcome]:
+    def run(
+        self, records: Sequence[AnyOperation], wanted: Wanted, *, carry: bool = True
+    ) -> list[Outcome]:
         """Take part in an exchange that begins after this call, and wait for it.
 
         Args:
             records: Appended in order, together; each with a ``seq`` of its own.
             wanted: What the replica must tell the truth about afterwards.
+            carry: Take the outbox along; False leaves that to the exchange.
 
         Returns:
             One outcome per record.
@@ -199,12 +226,14 @@ class Exchanger:
         Raises:
             As ``Log.exchange``.
         """
-        outcomes = self._take_part(records, wanted)
+        outcomes = self._take_part(records, wanted, carry)
         if not self.replica.is_complete:
             self._load(wanted)
         return outcomes
 
-    def _take_part(self, records: Sequence[AnyOperation], wanted: Wanted) -> list[Outcome]:
+    def _take_part(
+        self, records: Sequence[AnyOperation], wanted: Wanted, carry: bool
+    ) -> list[Outcome]:
         """Lead the next exchange, or let the next leader send this call's records too."""
         calls: Sequence[_Call] = _NO_CALLS
         deferred: list[TrialWrite] = []
@@ -225,12 +254,14 @@ class Exchanger:
                 self._leader = threading.get_ident()
                 leads = True
                 calls, self._gathered = self._gathered, _NO_CALLS
-                deferred, self._outbox = self._outbox, []
+                if carry or calls:
+                    self._sending = deferred = self._outbox
+                    self._outbox = []
             return self._lead(records, wanted, calls, deferred)
         except BaseException as error:
             # A failure, or an interrupt between any two lines above or in ``_lead``.
             if leads:
-                self._give_up(calls, deferred, error)
+                self._give_up(calls, error)
             raise
 
     def _refuse_reentry(self) -> None:
@@ -241,16 +272,14 @@ class Exchanger:
                 "callback of its log. Set a flag there, and use the storage afterwards."
             )
 
-    def _give_up(
-        self, calls: Sequence[_Call], deferred: list[TrialWrite], error: BaseException
-    ) -> None:
+    def _give_up(self, calls: Sequence[_Call], error: BaseException) -> None:
         """Of this thread's lead: nothing was appended, or nobody knows."""
         with self.mutex:
             if self._leader is None:
                 return  # interrupted after it had been given back
             # Deferred records may be sent again either way: they overwrite, and keep the seq
             # that marks them as the same ones.
-            self._outbox[:0] = deferred
+            self._outbox = [*self._sending, *self._outbox]
             if self._outbox:
                 self._begin_to_linger()
             for call in calls:
@@ -267,7 +296,7 @@ class Exchanger:
         Args:
             decide: Looks at the replica, which tells the truth about ``wanted``, and returns
                 records, each with a ``seq`` of its own, or none. It may be called again, and what
-                it returned before is then void. It must not use the storage.
+                it returned before is then void: it was not appended. It must not use the storage.
             wanted: What ``decide`` looks at.
 
         Returns:
@@ -285,11 +314,18 @@ class Exchanger:
             # The outbox goes first, and what is not loaded is read without holding the log.
             self.run((), wanted)
         decided: list[AnyOperation] = []
+        known: dict[int, Outcome] = {}
+
+        def are_known() -> bool:
+            """An attempt whose answer was lost has appended them, all in one; this is replay."""
+            return bool(decided) and all(record.seq in known for record in decided)
 
         def told(news: Sequence[Record], cursor: Cursor) -> Sequence[AnyOperation]:
             with self.mutex:
-                self._apply(news, (), [])
+                known.update(self._replay(news))
                 self._cursor = cursor
+                if are_known():
+                    return ()
                 decided[:] = decide(self.replica)
             return decided
 
@@ -299,12 +335,16 @@ class Exchanger:
                     batch = self.log.exchange_if(told, self._cursor, wanted)
                     break
                 except LogCompactedError:
-                    self._read_anew()
+                    known.update(self._read_anew())
+                    if are_known():
+                        return _outcomes_of(decided, known)
             with self.mutex:
                 self._cursor = batch.cursor
                 self.n_exchanges += 1
-                outcomes = self._apply(batch.news, batch.outcomes, decided)
-        return outcomes
+                if are_known():
+                    self._replay(batch.news)
+                    return _outcomes_of(decided, known)
+                return self._apply(batch.news, batch.outcomes, decided)
 
     def use_log(self, use: Callable[[Any], _T]) -> _T:
         """Call something else that the log can do, while no exchange is on the wire."""
@@ -345,7 +385,7 @@ class Exchanger:
             # The log can't keep one of the records, and nothing was appended. One record must
             # not keep the others out, least of all for ever.
             parts = [*([record] for record in deferred), *parts[1:]]
-            outcomes = self._exchange_one_by_one(parts, wanted)
+            outcomes = self._exchange_one_by_one(parts, len(deferred), wanted)
         with self.mutex:
             first = len(outcomes) - len(calls) - 1
             for part, told in zip(parts[:first], outcomes[:first], strict=True):
@@ -383,59 +423,83 @@ class Exchanger:
             self._cursor = batch.cursor
             self.n_exchanges += 1
             outcomes = self._apply(batch.news, batch.outcomes, fresh)
-        if known:
-            known.update(zip((record.seq for record in fresh), outcomes, strict=True))
-            outcomes = [known[record.seq] for record in sent]
+            if known:
+                known.update(zip((record.seq for record in fresh), outcomes, strict=True))
+                outcomes = [known[record.seq] for record in sent]
+            self._note_taken(sent, outcomes)
         while batch.more:
-            batch = self.log.exchange((), self._cursor, wanted)
+            try:
+                batch = self.log.exchange((), self._cursor, wanted)
+            except LogCompactedError:
+                self._read_anew()
+                break
             with self.mutex:
                 self._apply(batch.news, (), [])
                 self._cursor = batch.cursor
                 self.n_exchanges += 1
         if self._saver is not None:
-            self._saver.save_if_due()
+            self._saver.save_if_due(self._take_still)
         ends = itertools.accumulate(map(len, parts))
         return [outcomes[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
 
     def _exchange_one_by_one(
-        self, parts: Sequence[Sequence[AnyOperation]], wanted: Wanted
+        self, parts: Sequence[Sequence[AnyOperation]], n_deferred: int, wanted: Wanted
     ) -> list[list[Outcome] | ValueError]:
-        """An exchange for each part, so that what the log can't keep is told apart."""
+        """An exchange for each part, so that what the log can't keep is told apart.
+
+        A trial whose deferred record, one of the first parts, is refused keeps its state.
+        """
         told: list[list[Outcome] | ValueError] = []
+        lacking: dict[int, ValueError] = {}
         for part in parts:
             try:
+                for record in part:
+                    if isinstance(record, SetTrialStateValues) and record.trial_id in lacking:
+                        raise lacking[record.trial_id]
                 told += self._exchange([part], wanted)
             except ValueError as error:
+                if len(told) < n_deferred:
+                    lacking[cast(TrialWrite, part[0]).trial_id] = error
                 told.append(error)
         return told
 
     def _release_lead(self) -> None:
         self._leader = None
+        self._sending = []
         self._exchanged.notify_all()
 
     def _apply(
         self, news: Sequence[Record], judged: Sequence[Outcome] | None, sent: list[AnyOperation]
     ) -> list[Outcome]:
         """News into the replica; one outcome per sent record, the log's or the replay's."""
-        if self._saver is not None:
-            self._saver.note(len(news))
         if judged is not None or not sent:
+            if self._saver is not None:
+                self._saver.note(len(news))
             apply_all(self.replica, news)
             return list(judged or ())
-        apply = self.replica.apply
+        return _outcomes_of(sent, self._replay(news))
+
+    def _replay(self, news: Sequence[Record]) -> dict[int, Outcome]:
+        """News into the replica; what became of this storage's records among them, by ``seq``."""
+        if self._saver is not None:
+            self._saver.note(len(news))
         me = self.worker_id
-        replayed: dict[int, Outcome] = {}
-        for record in news:
-            outcome = apply(record)
-            if isinstance(record, Operation) and record.worker_id == me:
-                replayed[record.seq] = outcome
-        try:
-            return [replayed[record.seq] for record in sent]
-        except KeyError as missing:
-            raise OutcomeUnknownError(
-                f"The log took record {missing} of {me} and did not return it. Check that no "
-                "other program writes to it."
-            ) from None
+        outcomes = self.replica.apply_all(news)
+        return {
+            cast(Operation, record).seq: outcome
+            for record, outcome in zip(news, outcomes, strict=True)
+            if record.worker_id == me
+        }
+
+    def _note_taken(self, sent: Sequence[AnyOperation], outcomes: Sequence[Outcome]) -> None:
+        """What the log holds is not sent again, nor any more put off."""
+        if self._sending:
+            taken = {
+                record.seq
+                for record, outcome in zip(sent, outcomes, strict=True)
+                if outcome.verdict is Verdict.ACCEPTED
+            }
+            self._sending = [record for record in self._sending if record.seq not in taken]
 
     def _note_rejected(
         self, deferred: Sequence[AnyOperation], told: list[Outcome] | ValueError
@@ -456,8 +520,14 @@ class Exchanger:
         """Names and positions only: trials of a study are loaded when somebody wants them."""
         restored = restore(log, frozenset())
         with self.mutex:
-            self.replica, self._cursor = restored.replica, restored.cursor
-            self._saver = Saver(log, restored.n_records)
+            self._go_on_from(restored)
+
+    def _take_still(self) -> tuple[Still, Cursor, int] | None:
+        """What is held now, and of when; None if that is not everything."""
+        with self.mutex:
+            if not self.replica.is_complete or self._saver is None:
+                return None
+            return self.replica.still(), self._cursor, self._saver.n_records
 
     def _read_anew(self) -> dict[int, Outcome]:
         """Everything, after the records behind the cursor were compacted or trimmed away.
@@ -476,8 +546,8 @@ class Exchanger:
                     batch = self.log.exchange((), cursor, NOTHING)
                     for record in batch.news:
                         outcome = replica.apply(record)
-                        if isinstance(record, Operation) and record.worker_id == self.worker_id:
-                            outcomes[record.seq] = outcome
+                        if record.worker_id == self.worker_id:
+                            outcomes[cast(Operation, record).seq] = outcome
                     cursor, more = batch.cursor, batch.more
                     n_records += len(batch.news)
             except LogCompactedError:
@@ -485,9 +555,7 @@ class Exchanger:
                     raise
                 continue  # once more, meanwhile
             with self.mutex:
-                self.replica, self._cursor = replica, cursor
-                if isinstance(self.log, SnapshotStore):
-                    self._saver = Saver(self.log, n_records)
+                self._go_on_from(Restored(replica, cursor, n_records))
             return outcomes
 
     def _load(self, wanted: Wanted) -> None:
@@ -510,12 +578,17 @@ class Exchanger:
             with self.mutex:
                 self.replica, self._cursor = restored.replica, restored.cursor
 
-    def restore(self, replica: Replica, cursor: Cursor) -> None:
-        """Go on from other contents, which stand at ``cursor`` of the same log."""
+    def restore(self, restored: Restored) -> None:
+        """Go on from other contents, of the same log."""
         with self.mutex:
             while self._leader is not None:
                 self._exchanged.wait()
-            self.replica, self._cursor = replica, cursor
+            self._go_on_from(restored)
+
+    def _go_on_from(self, restored: Restored) -> None:
+        self.replica, self._cursor, n_records = restored
+        if isinstance(self.log, SnapshotStore):
+            self._saver = Saver(self.log, n_records)
 
     # --- fork ------------------------------------------------------------------------------------
 
@@ -548,7 +621,9 @@ class Alone(Exchanger):
     def __init__(self, log: Log, *, clock: Clock) -> None:
         super().__init__(log, linger_s=0.0, clock=clock)
 
-    def run(self, records: Sequence[AnyOperation], wanted: Wanted) -> list[Outcome]:
+    def run(
+        self, records: Sequence[AnyOperation], wanted: Wanted, *, carry: bool = True
+    ) -> list[Outcome]:
         with self.mutex:
             return [self.replica.apply(record) for record in records]
 
@@ -557,6 +632,16 @@ class Alone(Exchanger):
     ) -> list[Outcome]:
         with self.mutex:
             return self.run(decide(self.replica), wanted)
+
+
+def _outcomes_of(sent: Sequence[AnyOperation], replayed: dict[int, Outcome]) -> list[Outcome]:
+    try:
+        return [replayed[record.seq] for record in sent]
+    except KeyError as missing:
+        raise OutcomeUnknownError(
+            f"The log took record {missing} of {sent[0].worker_id} and did not return it. Check "
+            "that no other program writes to it."
+        ) from None
 
 
 def _for_followers(error: BaseException) -> BaseException:

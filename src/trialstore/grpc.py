@@ -36,7 +36,8 @@ from trialstore.logs.grpc.client import (
 )
 from trialstore.logs.grpc.foreign import LocalMethods, StorageLog
 from trialstore.logs.grpc.server import MESSAGE_BYTES_MAX, ProxyServer, Security
-from trialstore.logs.grpc.sharing import Share, ShareLog, share_of
+from trialstore.logs.grpc.share import Share
+from trialstore.logs.grpc.sharing import ShareLog, share_of
 from trialstore.logs.memory import MemoryLog
 from trialstore.storage import Storage
 

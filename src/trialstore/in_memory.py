@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 from typing import Any, TypeVar
 
 from optuna.trial import FrozenTrial
@@ -18,6 +19,7 @@ from trialstore.scan import Scan
 from trialstore.storage import Storage
 
 _T = TypeVar("_T")
+_LOOK_S = 0.01
 
 
 class InMemoryStorage(Storage):
@@ -60,26 +62,35 @@ class InMemoryStorage(Storage):
     # Nobody else writes, so a record is judged by applying it, and what the replica says is new.
 
     def _read(self, wanted: Wanted, answer: Callable[[Replica], _T]) -> _T:
-        with self._exchanger.mutex:
-            return answer(self._replica)
+        exchanger = self._exchanger
+        with exchanger.mutex:
+            return answer(exchanger.replica)
 
     def _write(self, record: AnyOperation) -> Outcome:
-        with self._exchanger.mutex:
-            return self._replica.apply(record)
+        exchanger = self._exchanger
+        with exchanger.mutex:
+            return exchanger.replica.apply(record)
 
     def _write_trial(self, record: TrialWrite) -> None:
-        checks.number(record.trial_id, "trial_id")
-        with self._exchanger.mutex:
-            outcome = self._replica.apply(record)
+        if type(record.trial_id) is not int:
+            checks.number(record.trial_id, "trial_id")
+        exchanger = self._exchanger
+        with exchanger.mutex:
+            outcome = exchanger.replica.apply(record)
         if outcome is not ACCEPTED:
             raise self._refusal(record, outcome)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        with self._exchanger.mutex:
-            return self._replica.trial(trial_id)
+        exchanger = self._exchanger
+        with exchanger.mutex:
+            return exchanger.replica.trial(trial_id)
 
     def scan(self) -> Scan:
         return Scan(None, self._replica)
+
+    def _listening(self) -> contextlib.AbstractContextManager[Callable[[float], None]]:
+        # A look costs no more than to be told.
+        return contextlib.nullcontext(lambda s: self._clock.sleep(min(s, _LOOK_S)))
 
     def __getstate__(self) -> dict[str, Any]:
         with self._exchanger.mutex:

@@ -152,5 +152,4 @@ class JournalStorage(Storage):
             SnapshotRefusedError: The bytes are no snapshot of trialstore's, or damaged. A pickle
                 of Optuna's is refused: loading one can run code.
         """
-        restored = snapshots.load(snapshot)
-        self._exchanger.restore(restored.replica, restored.cursor)
+        self._exchanger.restore(snapshots.load(snapshot))

@@ -8,7 +8,9 @@ never another log.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -27,6 +29,10 @@ START: Cursor = None
 
 _NONE: frozenset[Any] = frozenset()
 
+NEXT_MIN: Final = 32
+"""So many WAITING trials are those that a worker looks at: the first, and those after it that it
+tries while other workers are quicker. The whole queue may be thousands."""
+
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What the answer of an exchange must cover; it may cover more. ``a | b`` covers both.
@@ -40,6 +46,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         names: Names of studies, likewise.
         trials_of: Ids of studies: the study and all of its trials.
         waiting_of: Ids of studies: the study and which of its trials are WAITING.
+        next_of: Ids of studies: the study and the first ``NEXT_MIN`` of its WAITING trials, by id.
         trials: Ids of trials.
         numbers: Pairs (study id, trial number): that trial.
         params: Pairs (study id, parameter name): the distribution that later uses of the name
@@ -52,6 +59,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     names: frozenset[str] = _NONE
     trials_of: frozenset[int] = _NONE
     waiting_of: frozenset[int] = _NONE
+    next_of: frozenset[int] = _NONE
     trials: frozenset[int] = _NONE
     numbers: frozenset[tuple[int, int]] = _NONE
     params: frozenset[tuple[int, str]] = _NONE
@@ -67,6 +75,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
             names=self.names | other.names,
             trials_of=self.trials_of | other.trials_of,
             waiting_of=self.waiting_of | other.waiting_of,
+            next_of=self.next_of | other.next_of,
             trials=self.trials | other.trials,
             numbers=self.numbers | other.numbers,
             params=self.params | other.params,
@@ -83,7 +92,8 @@ class Batch(msgspec.Struct, frozen=True):
         outcomes: One per appended record, where the log judges; None where replay does, and then
             every appended record is among the news, known by its ``worker_id`` and ``seq``.
         news: The new records in log order. A log that judges adds the image of every trial that
-            the appended records created or claimed.
+            the appended records created or claimed, and may say what they did to others by the
+            records themselves.
         cursor: Position after ``news``.
         more: There is more than an answer should hold; exchange again from ``cursor``, until
             there is not, to know the truth about what was wanted. Never where records were sent.
@@ -143,11 +153,13 @@ class Summary(msgspec.Struct, frozen=True):
     Args:
         counts: State to number of trials; states without trials may be missing.
         datetime_start: When the first of its trials began; None if none did.
+        datetime_complete: When the last of them ended, likewise.
         best_trial_id: As ``Catalogue.best_trial_id``; None with several objectives.
     """
 
     counts: Mapping[int, int]
     datetime_start: str | None
+    datetime_complete: str | None
     best_trial_id: int | None
 
 
@@ -166,8 +178,8 @@ class Catalogue(Protocol):
         """Id of the COMPLETE trial with the best first value, the oldest of equals, if any."""
         ...
 
-    def summaries(self) -> Mapping[int, Summary]:
-        """Every study that has trials, by its id."""
+    def summaries(self, study_id: int | None = None) -> Mapping[int, Summary]:
+        """The study, or every one, by its id, if it has trials."""
         ...
 
 
@@ -249,6 +261,74 @@ class Followable(Protocol):
         ...
 
 
+@runtime_checkable
+class Combinable(Protocol):
+    """A log that judges, and takes the records of several callers in one exchange, at a cursor of
+    none of them: that it accepts or refuses a record does not depend on the cursor. Both methods
+    are about cursors alone, and for any thread."""
+
+    def study_at(self, cursor: Cursor) -> int | None:
+        """The study that a cursor knows, if it knows one alone; None also where a record is
+        judged by what the cursor says."""
+        ...
+
+    def tell_the_same(self, cursor: Cursor, other: Cursor, study_id: int) -> bool:
+        """Whether whoever is at one of two cursors has been told the same of a study and of
+        which of its trials are WAITING; False if it can't be said."""
+        ...
+
+
+class Mark(NamedTuple):
+    """A caller's records among those of an exchange.
+
+    Args:
+        caller: Who has sent them.
+        number: Of the caller's exchange; a later one has a greater number, a repetition the same.
+        begin: Where they begin among the records.
+        end: Where they end.
+        known: Outcomes, by ``seq``, of records of this exchange that an earlier one has appended.
+    """
+
+    caller: str
+    number: int
+    begin: int
+    end: int
+    known: Mapping[int, Outcome] = MappingProxyType({})
+
+
+class MarkTakenError(Exception):
+    """An exchange of a caller's with this number, or a later one, is in the log; nothing was
+    appended."""
+
+
+@runtime_checkable
+class Marking(Protocol):
+    """A log that judges, and keeps with the records what became of each caller's.
+
+    So that whoever passes on the records of others can tell, after a crash or in another
+    process, whether they have been appended, and with what outcome. No two callers' records of an
+    exchange may touch the same trial.
+    """
+
+    def marking(self, marks: Sequence[Mark]) -> AbstractContextManager[None]:
+        """While entered, exchanges keep these marks, in the same transaction.
+
+        They raise MarkTakenError where one of them is taken.
+        """
+        ...
+
+    def recall(
+        self, caller: str, number: int, records: Sequence[AnyOperation]
+    ) -> dict[int, Outcome] | None:
+        """Outcomes, by index, of those records that the caller's last exchange has appended; None
+        if there is no place to keep them.
+
+        It waits for an exchange of the caller's that is under way, and one with a lesser number
+        can't be appended from now on.
+        """
+        ...
+
+
 Decide = Callable[[Sequence[Record], Cursor], Sequence[AnyOperation]]
 """Given the news and the cursor after them, the operations to append; none leaves the log alone.
 
@@ -314,6 +394,20 @@ class LeaseStore(Protocol):
         ...
 
 
+@runtime_checkable
+class Audible(Protocol):
+    """A log that notices, for less than an exchange, that somebody has written to it."""
+
+    def listening(self) -> AbstractContextManager[Callable[[float], None]]:
+        """While entered, what waits for a write.
+
+        It takes the longest time to wait, in seconds, and returns sooner if anything was written
+        since it was last called. It may be called while another thread uses the log, and raises
+        nothing: whoever waits looks for himself afterwards.
+        """
+        ...
+
+
 class Overview(NamedTuple):
     """A study in a line.
 
@@ -322,12 +416,14 @@ class Overview(NamedTuple):
         best: The COMPLETE trial with the best first value, if there is one.
         first_at: The earliest start, as text of a record.
         last_at: The latest completion.
+        running: For ``LeaseStore.expired``, where the log does not look for itself.
     """
 
     counts: Mapping[int, int]
     best: PutTrial | None
     first_at: str | None
     last_at: str | None
+    running: Mapping[int, str] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -463,7 +559,16 @@ class Compaction(msgspec.Struct, frozen=True):
 
 
 @runtime_checkable
-class CompactableLog(Protocol):
+class Compacted(Protocol):
+    """A journal whose first records may have been compacted or trimmed away, by whomever."""
+
+    def load_base(self) -> Base:
+        """What a reader of everything begins with."""
+        ...
+
+
+@runtime_checkable
+class CompactableLog(Compacted, Protocol):
     """A journal in which fewer records can take the place of many."""
 
     def compact(self, make: Callable[[], Compaction]) -> None:
@@ -477,10 +582,6 @@ class CompactableLog(Protocol):
             CompactionRefusedError: It can't be done atomically where this journal is kept.
             LogUnavailableError: Somebody else compacts it, or it can't be written.
         """
-        ...
-
-    def load_base(self) -> Base:
-        """What a reader of everything begins with."""
         ...
 
 

@@ -11,6 +11,7 @@ import itertools
 from typing import Any, Final
 
 from optuna.study import StudyDirection, StudySummary
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import TrialState
 
 from trialstore import checks, records as r
@@ -69,8 +70,32 @@ class OlderMethods(Storage):
 
     def get_all_study_summaries(self) -> list[StudySummary]:
         """A summary of each study, in order of id, without reading its trials but the best."""
-        studies = self.get_all_studies()
+        return self._summarized(self.get_all_studies(), None)
+
+    def get_study_summary(self, study_name: str) -> StudySummary:
+        """The same of one study, without looking at the others.
+
+        Raises:
+            KeyError: There is no study of that name.
+        """
+        known = self._studies(Wanted(names=frozenset((study_name,))))
+        studies = [study for study in known if study.study_name == study_name]
+        if not studies:
+            raise KeyError(f"There is no study with the name {study_name!r}.")
+        return self._summarized(studies, studies[0]._study_id)[0]
+
+    def get_latest_study_name(self) -> str | None:
+        """Of the study whose last trial ended last, the oldest of equals; None without a study."""
         summaries = self._exchanger.use_log(lambda log: log.summaries())
+        ends = {study_id: one.datetime_complete or "" for study_id, one in summaries.items()}
+        studies = self.get_all_studies()
+        latest = max(studies, key=lambda study: ends.get(study._study_id, ""), default=None)
+        return None if latest is None else latest.study_name
+
+    def _summarized(
+        self, studies: Sequence[FrozenStudy], study_id: int | None
+    ) -> list[StudySummary]:
+        summaries = self._exchanger.use_log(lambda log: log.summaries(study_id))
         found_ids = (one.best_trial_id for one in summaries.values())
         best_ids = [trial_id for trial_id in found_ids if trial_id is not None]
         for some in _parts(best_ids):

@@ -24,6 +24,7 @@ from trialstore.rdb import RDBStorage
 
 SECRETS_FOLDER = Path("/run/secrets")
 PASSWORD_SECRET = "optuna_db_user_password"
+_DRIVER = "postgresql+psycopg2"
 
 
 class OptunaDatabase:
@@ -48,7 +49,7 @@ class OptunaDatabase:
         db_name: str,
         hostname: str,
         *,
-        driver: str = "postgresql+psycopg2",
+        driver: str = _DRIVER,
         secrets_folder: str | Path = SECRETS_FOLDER,
         **options: Any,
     ) -> None:
@@ -143,11 +144,10 @@ class OptunaDatabase:
 
     def get_study_summary(self, study_name: str) -> StudySummary:
         """The summary of one study. Raises StopIteration if there is none of that name."""
-        if not self.is_in_db(study_name):
-            raise StopIteration(f"There is no study with the name {study_name!r}.")
-        return next(
-            summary for summary in self.study_summaries if summary.study_name == study_name
-        )
+        try:
+            return self.storage.get_study_summary(study_name)
+        except KeyError:
+            raise StopIteration(f"There is no study with the name {study_name!r}.") from None
 
     def get_best_params(self, study_name: str) -> dict[str, Any]:
         """Parameters of the best trial; empty without a COMPLETE trial or with several objectives.
@@ -185,8 +185,12 @@ class OptunaDatabase:
         return max(filter(None, ends), default=datetime.datetime(1, 1, 1))
 
     def get_latest_study(self) -> optuna.Study | None:
-        """The study whose last trial ended last; None if there is no study."""
-        return max(self.get_all_studies(), key=self.get_last_update_time, default=None)
+        """The study whose last trial ended last, by SQL; None if there is no study."""
+        name = self.storage.get_latest_study_name()
+        if name is None:
+            return None
+        with _only_warnings():
+            return optuna.load_study(study_name=name, storage=self.storage)
 
 
 @contextlib.contextmanager
@@ -203,6 +207,7 @@ def _only_warnings() -> Iterator[None]:
 # --- the one instance of a process ---------------------------------------------------------------
 
 _instance: OptunaDatabase | None = None
+_opened_with: dict[str, Any] = {}
 _instance_lock = threading.Lock()
 
 
@@ -215,7 +220,7 @@ def get_optuna_db(
     *,
     env_file: str | Path | None = None,
     secrets_folder: str | Path = SECRETS_FOLDER,
-    driver: str = "postgresql+psycopg2",
+    driver: str = _DRIVER,
     **options: Any,
 ) -> OptunaDatabase:
     """The database of this process, opened by the first call; later ones return the same.
@@ -233,9 +238,24 @@ def get_optuna_db(
     Raises:
         RuntimeError: The database could not be opened; the next call tries again. The message
             names what is missing, and no password.
+        ValueError: An argument is given that the first call had otherwise.
     """
-    global _instance
+    global _instance, _opened_with
+    defaults = {"env_file": None, "secrets_folder": SECRETS_FOLDER, "driver": _DRIVER}
+    asked = {
+        "env_file": None if env_file is None else Path(env_file),
+        "secrets_folder": Path(secrets_folder),
+        "driver": driver,
+        **options,
+    }
     with _instance_lock:
+        if _instance is not None:
+            for name, value in asked.items():
+                if value != defaults.get(name) and value != _opened_with.get(name):
+                    raise ValueError(
+                        f"The database of this process was opened with another {name}; open one "
+                        "of your own with OptunaDatabase(...), or leave the argument out."
+                    )
         if _instance is None:
             try:
                 _load_environment(env_file)
@@ -251,7 +271,7 @@ def get_optuna_db(
                 _ = database.storage
             except Exception as error:
                 raise RuntimeError(f"Failed to open Optuna's database: {error}") from error
-            _instance = database
+            _instance, _opened_with = database, asked
         return _instance
 
 

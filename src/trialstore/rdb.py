@@ -100,9 +100,9 @@ class RDBStorage(OlderMethods):
     @property
     def engine_kwargs(self) -> dict[str, Any]:
         """As they were given."""
-        return self._tables.engine_kwargs
+        return self._tables.connection.engine_kwargs
 
     @property
     def skip_compatibility_check(self) -> bool:
         """As it was given."""
-        return self._tables.skip_compatibility_check
+        return self._tables.connection.skip_compatibility_check

@@ -28,7 +28,7 @@ import json
 import re
 import sys
 import time
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 import zlib
 
 import msgspec
@@ -164,6 +164,8 @@ class Ignored(Operation, frozen=True, tag=10):
 
 class Image(msgspec.Struct, frozen=True, kw_only=True, tag_field="op_code", omit_defaults=True):
     """A whole thing as it stands; applying it replaces what the replica held of it."""
+
+    worker_id: ClassVar[str] = ""  # nobody's, so that a storage finds its own among all records
 
 
 class PutStudy(Image, frozen=True, tag=100):

@@ -18,10 +18,11 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 import logging
 import math
 import sys
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from optuna.distributions import (
     BaseDistribution,
@@ -72,6 +73,18 @@ def compatible(known: BaseDistribution, new: BaseDistribution) -> bool:
     return True
 
 
+class Still(NamedTuple):
+    """Everything that a replica holds, as images: what it was when it was asked for.
+
+    Args:
+        positions: Of all trials.
+        studies: By id: the study, its parameters and its trials, which are made one by one.
+    """
+
+    positions: r.PutPositions
+    studies: list[tuple[r.PutStudy, list[r.PutParam], Iterator[r.PutTrial]]]
+
+
 class Replica:
     """The contents of a store, or of the part of it that somebody wanted.
 
@@ -100,6 +113,10 @@ class Replica:
     def apply(self, record: Record) -> Outcome:
         """Take a record in and say what became of it; nothing changes unless it is ACCEPTED."""
         return _APPLY[type(record)](self, record)
+
+    def apply_all(self, records: Sequence[Record]) -> list[Outcome]:
+        """Take records in, in order, and say what became of each."""
+        return [_APPLY[type(record)](self, record) for record in records]
 
     def judge(self, record: Record) -> Outcome:
         """What ``apply`` would say now, without applying.
@@ -197,7 +214,9 @@ class Replica:
         if study.loaded:
             trial = TrialContents(trial_id, number, study)
             trial.start = record.datetime_start
-            trial.owner = record.worker_id
+            # Every record brings a string of its own; kept until the trial is read, they would
+            # leave holes between what stays.
+            trial.owner = sys.intern(record.worker_id)
             values = record.values
             if values is None and record.value is not None:
                 values = [record.value]
@@ -208,8 +227,9 @@ class Replica:
                 for name, internal in record.params.items():
                     self._use_param(trial, name, internal, record.distributions.get(name))
                 trial.intermediate_values = _readable_steps(trial, record.intermediate_values)
-            trial.user_attrs = dict(record.user_attrs)
-            trial.system_attrs = dict(record.system_attrs)
+            if record.user_attrs or record.system_attrs:
+                trial.user_attrs = dict(record.user_attrs)
+                trial.system_attrs = dict(record.system_attrs)
             self._add_trial(trial)
         return Outcome(Verdict.ACCEPTED, trial_id)
 
@@ -217,32 +237,37 @@ class Replica:
         trial = self._unfinished.get(record.trial_id)
         if trial is None:
             return self._not_updatable(record.trial_id)
-        trial.about_to_change()
-        study, json = trial.study, record.distribution
-        known = study.distributions.get(record.param_name)
+        study, name, json = trial.study, record.param_name, record.distribution
+        known = study.distributions.get(name)
         if known is not None and study.interned.get(json) is known:
             # As in nearly every trial of a study: there is nothing to compare.
-            self._set_param(trial, record.param_name, record.param_value_internal, json)
-            trial.changed()
+            if trial.state == r.WAITING or trial.view is not None:
+                trial.about_to_change()
+            self._set_param(trial, name, record.param_value_internal, json, known)
             return ACCEPTED
         try:
-            outcome = self._judge_param(study, record.param_name, json)
+            outcome = self._judge_param(study, name, json)
         except Exception as error:
-            trial.warn_unreadable(f"distribution of {record.param_name!r}", error)
+            trial.warn_unreadable(f"distribution of {name!r}", error)
             return ACCEPTED
         if outcome is ACCEPTED:
-            self._use_param(trial, record.param_name, record.param_value_internal, json)
-            trial.changed()
+            trial.about_to_change()
+            self._use_param(trial, name, record.param_value_internal, json)
         return outcome
 
     def _set_param(
-        self, trial: TrialContents, name: str, internal: float, json: str | None
+        self,
+        trial: TrialContents,
+        name: str,
+        internal: float,
+        json: str | None,
+        known: BaseDistribution | None = None,
     ) -> None:
-        study = trial.study
+        """``known``: the distribution, by who has looked it up."""
         try:
             if json is None:
                 raise ValueError("it has no distribution")
-            distribution = study.intern(json)
+            distribution = known or trial.study.intern(json)
             external = distribution.to_external_repr(internal)
             if internal < 0 and isinstance(distribution, CategoricalDistribution):
                 raise ValueError(f"choice {internal} does not exist")
@@ -280,7 +305,7 @@ class Replica:
         self._remove_from_indexes(trial)
         if state == r.RUNNING:
             trial.start = record.datetime_start
-            trial.owner = record.worker_id
+            trial.owner = sys.intern(record.worker_id)
         elif state in r.FINISHED:
             trial.complete = record.datetime_complete
         self._set_state(trial, state, trial.values if record.values is None else record.values)
@@ -313,7 +338,6 @@ class Replica:
             return self._not_updatable(record.trial_id)
         trial.about_to_change()
         trial.intermediate_values[record.step] = record.intermediate_value
-        trial.changed()
         return ACCEPTED
 
     def _apply_set_trial_user_attr(self, record: r.SetTrialUserAttr) -> Outcome:
@@ -322,7 +346,6 @@ class Replica:
             return self._not_updatable(record.trial_id)
         trial.about_to_change()
         trial.user_attrs.update(record.user_attr)
-        trial.changed()
         return ACCEPTED
 
     def _apply_set_trial_system_attr(self, record: r.SetTrialSystemAttr) -> Outcome:
@@ -331,7 +354,6 @@ class Replica:
             return self._not_updatable(record.trial_id)
         trial.about_to_change()
         trial.system_attrs.update(record.system_attr)
-        trial.changed()
         return ACCEPTED
 
     def _apply_ignored(self, record: r.Ignored) -> Outcome:
@@ -499,7 +521,7 @@ class Replica:
 
     def unloaded(self, wanted: Wanted) -> set[int]:
         """Ids of the studies whose trials are wanted and not held."""
-        study_ids = {*wanted.trials_of, *wanted.waiting_of}
+        study_ids = {*wanted.trials_of, *wanted.waiting_of, *wanted.next_of}
         study_ids.update(study_id for study_id, _ in (*wanted.numbers, *wanted.params))
         for trial_id in wanted.trials:
             if 0 <= trial_id < self._next_trial_id:
@@ -526,6 +548,9 @@ class Replica:
         return list(self._study(study_id).directions)
 
     def n_objectives_of_trial(self, trial_id: int) -> int:
+        trial = self._unfinished.get(trial_id)
+        if trial is not None:
+            return len(trial.study.directions)
         return len(self._studies[self.study_id_of_trial(trial_id)].directions)
 
     def study_user_attrs(self, study_id: int) -> dict[str, Any]:
@@ -564,12 +589,30 @@ class Replica:
             raise KeyError(f"There is no trial with id {trial_id}.")
         return place >> _INDEX_BITS
 
-    def trial(self, trial_id: int) -> FrozenTrial:
-        """A trial; an unfinished one with containers of its own."""
+    def trial(self, trial_id: int, ahead: Sequence[r.TrialWrite] = ()) -> FrozenTrial:
+        """A trial; an unfinished one with containers of its own.
+
+        Args:
+            trial_id: Which.
+            ahead: Records on it that are not applied yet, to be shown as if they were.
+        """
         trial = self._unfinished.get(trial_id)
-        if trial is not None:
+        if trial is None:
+            return self.finished_trial(trial_id)
+        if not ahead:
             return trial.build(own_containers=True)
-        return self.finished_trial(trial_id)
+        shown = trial.apart()
+        for record in ahead:
+            if isinstance(record, r.SetTrialParam):
+                name, internal = record.param_name, record.param_value_internal
+                self._set_param(shown, name, internal, record.distribution)
+            elif isinstance(record, r.SetTrialUserAttr):
+                shown.user_attrs.update(deepcopy(record.user_attr))
+            elif isinstance(record, r.SetTrialSystemAttr):
+                shown.system_attrs.update(deepcopy(record.system_attr))
+            elif isinstance(record, r.SetTrialIntermediateValue):
+                shown.intermediate_values[record.step] = record.intermediate_value
+        return shown.build(own_containers=False)
 
     def finished_trial(self, trial_id: int) -> FrozenTrial:
         """A finished trial. Raises KeyError for all others."""
@@ -601,16 +644,17 @@ class Replica:
         return study.trials(states)
 
     def waiting(
-        self, study_id: int, mutex: Callable[[], AbstractContextManager[Any]]
+        self, study_id: int, mutex: Callable[[], AbstractContextManager[Any]], above: int = -1
     ) -> Sequence[FrozenTrial]:
         """The WAITING trials by id, however many, at the cost of the few that are looked at.
 
         Args:
             study_id: Their study.
             mutex: Gives what keeps this replica from changing.
+            above: Only those with greater ids.
         """
         waiting = self._study(study_id).waiting
-        return waiting.trials(mutex) if waiting else []
+        return waiting.trials(mutex, above) if waiting else []
 
     def count(self, study_id: int, states: Container[TrialState] | None) -> int:
         counts = self._study(study_id).counts
@@ -671,6 +715,17 @@ class Replica:
         if not study.in_order:
             self._put_in_order(study)
         return study.trial_images()
+
+    def still(self) -> Still:
+        """What is held now. That costs little; the images of trials cost when they are made."""
+        studies = [self._studies[study_id] for study_id in self.study_ids()]
+        for study in studies:
+            if not study.in_order:
+                self._put_in_order(study)
+        return Still(
+            self.positions(),
+            [(study.image(), study.param_images(), study.still_images()) for study in studies],
+        )
 
     def unfinished_images(self, study_id: int) -> Iterator[r.PutTrial]:
         """By id."""

@@ -16,7 +16,7 @@ import msgspec
 from optuna.study import StudyDirection
 
 from trialstore.log import START, Cursor, Log, Overview, Paged, Wanted
-from trialstore.records import COMPLETE, PutStudy, PutTrial
+from trialstore.records import COMPLETE, RUNNING, PutStudy, PutTrial
 from trialstore.replica import Replica
 from trialstore.snapshot import apply_all, pack, restore_base, unpack
 
@@ -95,15 +95,18 @@ class Scan:
             return self._log.overview(study.study_id, maximize)
         counts: Counter[int] = Counter()
         best: PutTrial | None = None
-        starts, ends = [], []
+        starts, ends, running = [], [], {}
         for image in self.trials(study.study_id):
             counts[image.state] += 1
             starts.append(image.datetime_start)
             ends.append(image.datetime_complete)
+            if image.state == RUNNING:
+                running[image.trial_id] = image.owner
             if image.state == COMPLETE and (best is None or _is_better(image, best, maximize)):
                 best = image
         first = min((text for text in starts if text), default=None)
-        return Overview(counts, best, first, max((text for text in ends if text), default=None))
+        last = max((text for text in ends if text), default=None)
+        return Overview(counts, best, first, last, running)
 
     def trials(self, study_id: int) -> Iterator[PutTrial]:
         """The trials of a study, in order of id."""

@@ -16,7 +16,7 @@ Source: docs/formats/snapshot.md.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 import gc
 import itertools
 import json
@@ -29,9 +29,9 @@ import zlib
 import msgspec
 
 from trialstore.errors import SnapshotRefusedError
-from trialstore.log import NOTHING, START, CompactableLog, Cursor, Log, Marks, SnapshotStore
+from trialstore.log import NOTHING, START, Compacted, Cursor, Log, Marks, SnapshotStore
 from trialstore.records import PutParam, PutPositions, PutStudy, PutTrial, Record
-from trialstore.replica import Replica
+from trialstore.replica import Replica, Still
 
 _logger = logging.getLogger("trialstore")
 
@@ -104,25 +104,28 @@ class Restored(NamedTuple):
 
 def dump(replica: Replica, cursor: Cursor, n_records: int) -> bytes:
     """The contents of a complete replica that stands at ``cursor``, after ``n_records``."""
+    return dump_still(replica.still(), cursor, n_records)
+
+
+def dump_still(still: Still, cursor: Cursor, n_records: int) -> bytes:
+    """As ``dump``, while the replica may already be elsewhere."""
     infos: list[_StudyInfo] = []
     bodies: list[bytes] = []
     offset = 0
-    for study_id in replica.study_ids():
+    for study, params, trials in still.studies:
         places: list[_Place] = []
-        for section in _sections(replica, study_id):
+        for section in _sections(params, trials):
             body = pack(section)
             places.append(_Place(offset, len(body), zlib.crc32(body)))
             bodies.append(body)
             offset += len(body)
-        infos.append(_StudyInfo(replica.study_image(study_id), places))
-    header = pack(_Header(n_records, cursor, replica.positions(), infos))
+        infos.append(_StudyInfo(study, places))
+    header = pack(_Header(n_records, cursor, still.positions, infos))
     prefix = _MAGIC + len(header).to_bytes(4, "big") + zlib.crc32(header).to_bytes(4, "big")
     return b"".join([prefix, header, *bodies])
 
 
-def _sections(replica: Replica, study_id: int) -> Iterator[_Section]:
-    images = replica.trial_images(study_id)
-    params = replica.param_images(study_id)
+def _sections(params: list[PutParam], images: Iterator[PutTrial]) -> Iterator[_Section]:
     while True:
         indexes: dict[str, int] = {}
         rows = [
@@ -271,9 +274,19 @@ def restore(log: _SnapshotLog, focus: Container[int] | None) -> Restored:
     return Restored(Replica(), START, 0)
 
 
+def _n_records_of(stored: tuple[bytes | memoryview, Cursor] | None) -> int:
+    """How many records a stored snapshot covers; 0 if it can't be used."""
+    if stored is None:
+        return 0
+    try:
+        return _read_header(memoryview(stored[0]))[0].n_records
+    except SnapshotRefusedError:
+        return 0
+
+
 def restore_base(log: Log) -> tuple[Restored, Mapping[str, Marks]]:
     """What a reader of every record that is kept begins with, and the marks of the others."""
-    if not isinstance(log, CompactableLog):
+    if not isinstance(log, Compacted):
         return Restored(Replica(), START, 0), {}
     base = log.load_base()
     if base.snapshot is None:
@@ -292,47 +305,56 @@ def catch_up(log: Log, restored: Restored) -> Restored:
             return Restored(replica, cursor, n_records)
 
 
+# What a storage holds, of which moment, if it holds the trials of every study.
+_TakeStill = Callable[[], tuple[Still, Cursor, int] | None]
+
+
 class Saver:
     """Saves a snapshot when replaying what is newer has become slow, never in front of a user.
 
-    A thread of its own reads the log through a handle of its own, so that nobody waits; a kill at
-    any moment leaves the old snapshot, or the new one.
+    A thread of its own writes what the storage held at one moment, without a copy of it, and
+    through a log of its own, so that nobody waits. Where the storage does not hold everything the
+    thread reads it. A kill at any moment leaves the old snapshot, or the new one.
 
     Args:
         log: Copied for the thread.
         n_covered: How many records the stored snapshot covers.
+
+    Attributes:
+        n_records: How many records the storage stands after.
     """
 
     def __init__(self, log: _SnapshotLog, n_covered: int) -> None:
         self._log = log
         self._n_covered = n_covered
+        self.n_records = n_covered
         self._n_since = 0
         self._thread: threading.Thread | None = None
 
     def note(self, n_records: int) -> None:
         """So many more records came in."""
         self._n_since += n_records
+        self.n_records += n_records
 
-    def save_if_due(self) -> None:
+    def save_if_due(self, take_still: _TakeStill) -> None:
         """Begin to save, unless it is too early or under way.
 
-        Not to be called in the middle of opening a journal: both would take turns, and what the
-        thread builds and gives back would lie between what stays.
+        Not to be called in the middle of opening a journal: both would take turns.
         """
         if self._is_due(self._n_since) and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(
-                target=self._save, name="trialstore-snapshot", daemon=True
+                target=self._save, args=(take_still,), name="trialstore-snapshot", daemon=True
             )
             self._thread.start()
 
     def _is_due(self, n_since: int) -> bool:
         return n_since >= max(_RECORDS_MIN, _GROWTH_MIN * self._n_covered)
 
-    def _save(self) -> None:
+    def _save(self, take_still: _TakeStill) -> None:
         try:
             log: _SnapshotLog = pickle.loads(pickle.dumps(self._log))
             try:
-                log.save_snapshot(lambda: self._make(log))
+                log.save_snapshot(lambda: self._make(log, take_still))
             finally:
                 log.close()
         except Exception as error:
@@ -341,15 +363,18 @@ class Saver:
             # Saved, or somebody else is at it: count anew either way.
             self._n_since = 0
 
-    def _make(self, log: _SnapshotLog) -> tuple[bytes, Cursor] | None:
+    def _make(self, log: _SnapshotLog, take_still: _TakeStill) -> tuple[bytes, Cursor] | None:
         """The bytes of a new snapshot; None if a recent one has appeared meanwhile."""
-        stored = restore(log, None)
-        self._n_covered = stored.n_records
-        recent = catch_up(log, stored)
-        if not self._is_due(recent.n_records - stored.n_records):
+        self._n_covered = _n_records_of(log.load_snapshot())
+        taken = take_still()
+        if taken is None:
+            restored = catch_up(log, restore(log, None))
+            taken = restored.replica.still(), restored.cursor, restored.n_records
+        still, cursor, n_records = taken
+        if not self._is_due(n_records - self._n_covered):
             return None
-        self._n_covered = recent.n_records
-        return dump(recent.replica, recent.cursor, recent.n_records), recent.cursor
+        self._n_covered = n_records
+        return dump_still(still, cursor, n_records), cursor
 
     def begin_in_child(self) -> None:
         """A save that is under way is the parent's."""
@@ -364,14 +389,12 @@ class Saver:
 
 def apply_all(replica: Replica, records: Sequence[Record]) -> None:
     """Records whose outcomes nobody waits for."""
-    apply = replica.apply
     pause_gc = len(records) > _MANY_RECORDS and gc.isenabled()
     if pause_gc:
         # Nothing of what is being loaded is garbage, and each full pass looks at all of it.
         gc.disable()
     try:
-        for record in records:
-            apply(record)
+        replica.apply_all(records)
     finally:
         if pause_gc:
             gc.enable()

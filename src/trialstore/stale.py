@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import itertools
 import logging
+import math
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -27,6 +28,8 @@ _logger = logging.getLogger("trialstore")
 # A beat is never in the future by this much, whatever the log's clock did.
 _BEFORE_ANY_BEAT_S = -1e6
 
+_HEARD_WITHIN_S = (5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+
 Retry = Callable[[FrozenTrial], dict[str, Any] | None]
 """The fields of the ``CreateTrial`` that queues a trial again; None where it is not to be. What it
 raises is the reason why there is no retry."""
@@ -39,7 +42,7 @@ def find(exchanger: Exchanger, study_id: int, grace_period_s: float) -> dict[int
         KeyError: There is no such study.
     """
     # Of tables this reads next to nothing; of a journal everything, which it would do anyway.
-    exchanger.run((), Wanted(waiting_of=frozenset((study_id,))))
+    exchanger.run((), Wanted(next_of=frozenset((study_id,))))
     with exchanger.mutex:
         running = exchanger.replica.running(study_id)
     expired = _expired(exchanger, study_id, running, grace_period_s)
@@ -64,6 +67,26 @@ def covered(exchanger: Exchanger, study_id: int, running: Mapping[int, str]) -> 
         running: Trial id to owner, as ``LeaseStore.expired`` takes them.
     """
     return _expired(exchanger, study_id, running, _BEFORE_ANY_BEAT_S)
+
+
+def heard_within_s(exchanger: Exchanger, study_id: int) -> dict[int, float]:
+    """Every RUNNING trial that has a lease, and a time within which its worker was heard of.
+
+    The shortest of a few times that is long enough, infinite if none is: an answer for people,
+    which every log that keeps leases can give.
+
+    Raises:
+        KeyError: There is no such study.
+    """
+    heard: dict[int, float] = {}
+    running = find(exchanger, study_id, _BEFORE_ANY_BEAT_S)
+    for time_s in _HEARD_WITHIN_S:
+        if not running:
+            break
+        expired = {*_expired(exchanger, study_id, running, time_s)}
+        heard |= dict.fromkeys(running.keys() - expired, time_s)
+        running = {id_: owner for id_, owner in running.items() if id_ in expired}
+    return heard | dict.fromkeys(running, math.inf)
 
 
 def fail(

@@ -42,10 +42,20 @@ from trialstore.clock import CLOCK, Clock
 from trialstore.contents import parse_distribution
 from trialstore.exchange import Alone, Exchanger
 from trialstore.heartbeat import Heartbeat
-from trialstore.log import NOTHING, Catalogue, LeaseStore, Limited, Log, Wanted
+from trialstore.log import (
+    NEXT_MIN,
+    NOTHING,
+    Audible,
+    Catalogue,
+    LeaseStore,
+    Limited,
+    Log,
+    Wanted,
+)
 from trialstore.records import ACCEPTED, Outcome, Verdict
 from trialstore.replica import Replica
 from trialstore.scan import Scan
+from trialstore.waiting import WaitingTrials
 from trialstore.watch import POLL_S, Change, watch
 
 _logger = logging.getLogger("trialstore")
@@ -54,12 +64,12 @@ _T = TypeVar("_T")
 
 _STUDY_NAME_PREFIX = "no-name-"
 _WAITING_ONLY = (TrialState.WAITING,)
-_FRESH_MAX = 4096
-_NOT_COVERED = contextlib.nullcontext()
+_READ_AT_MAX = 4096
 _OF_THIS_PROCESS = (
     "_exchanger",
     "_owned",
     "_fresh",
+    "_lost_last",
     "_read_at_s",
     "_limits",
     "_heartbeat",
@@ -117,7 +127,6 @@ class Storage(BaseStorage, BaseHeartbeat):
         # Times are text in records that leave this process; a replica takes both.
         self._now: Callable[[], Any] = datetime.now if alone else r.now_text
         self._attribute_value = checks.any_value if alone else checks.json_value
-        self._distribution_text = checks.object_text if alone else checks.distribution_text
         self._clock = clock
         self._open(log)
         self.heartbeat_interval = heartbeat_interval
@@ -149,11 +158,10 @@ class Storage(BaseStorage, BaseHeartbeat):
         # ones nothing has been written since.
         self._owned: dict[int, str] = {}
         self._fresh: dict[int, int] = {}  # to the number of exchanges made then
+        self._lost_last: int | None = None  # the trial that it could not claim
         self._read_at_s: dict[Wanted, float] = {}
         self._limits = log if isinstance(log, Limited) else None
-        self._heartbeat = Heartbeat(
-            self._exchanger, self.get_heartbeat_interval, self._owned_running, self._clock
-        )
+        self._heartbeat: Heartbeat | None = None
         # Studies all of whose trials the replica has been given, and how often others were asked
         # about.
         self._followed: set[int] = set()
@@ -205,7 +213,8 @@ class Storage(BaseStorage, BaseHeartbeat):
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self._exchanger.log.close)
-            stack.callback(self._heartbeat.withdraw)
+            if self._heartbeat is not None:
+                stack.callback(self._heartbeat.withdraw)
             self.flush()
 
     def scan(self) -> Scan:
@@ -222,7 +231,8 @@ class Storage(BaseStorage, BaseHeartbeat):
             study_id: The study.
             since: Cursor of the last change that was dealt with, from whatever process; None
                 begins with all trials that are there.
-            poll_s: How long to wait, when nothing is new, before the next look.
+            poll_s: How long to wait at most, when nothing is new, before the next look. A journal
+                file and a Redis server tell sooner that somebody has written.
 
         Raises:
             KeyError: There is no such study, or not any more.
@@ -231,8 +241,28 @@ class Storage(BaseStorage, BaseHeartbeat):
         """
         wanted = Wanted(trials_of=frozenset((study_id,)))
         return watch(
-            lambda answer: self._read(wanted, answer), study_id, since, poll_s, self._clock
+            lambda answer: self._read(wanted, answer), self._listening, study_id, since, poll_s
         )
+
+    def _listening(self) -> contextlib.AbstractContextManager[Callable[[float], None]]:
+        log = self._exchanger.log
+        if isinstance(log, Audible):
+            return log.listening()
+        return contextlib.nullcontext(self._clock.sleep)
+
+    def heard_within_s(self, study_id: int) -> dict[int, float]:
+        """RUNNING trials with heartbeats, and a number of seconds within which the last one came;
+        infinite where it is longer ago than an hour.
+
+        Raises:
+            KeyError: There is no such study.
+        """
+        if not isinstance(self._exchanger.log, LeaseStore):
+            return {}
+        try:
+            return stale.heard_within_s(self._exchanger, study_id)
+        except ValueError:  # behind this server nobody keeps leases
+            return {}
 
     # --- the four ways to the log ----------------------------------------------------------------
 
@@ -243,7 +273,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             began_s = self._clock.now_s() if self._max_staleness_s else 0.0
             exchanger.run((), wanted)
             if self._max_staleness_s:
-                if len(self._read_at_s) >= _FRESH_MAX:
+                if len(self._read_at_s) >= _READ_AT_MAX:
                     self._read_at_s.clear()
                 self._read_at_s[wanted] = began_s
         self._followed |= wanted.trials_of
@@ -371,11 +401,6 @@ class Storage(BaseStorage, BaseHeartbeat):
     def _owns(self, trial_id: int) -> bool:
         # A forked child shares the memory, but not the ownership: its worker_id is another.
         return self._owned.get(trial_id) == self._exchanger.worker_id
-
-    def _own(self, trial_id: int) -> None:
-        with self._exchanger.mutex:
-            self._owned[trial_id] = self._exchanger.worker_id
-            self._fresh[trial_id] = self._exchanger.n_exchanges
 
     def _owned_running(self) -> list[int]:
         """Trials that this storage runs, as far as it knows; the mutex is held."""
@@ -511,7 +536,11 @@ class Storage(BaseStorage, BaseHeartbeat):
         return dict(attrs) if self._is_alone else copy.deepcopy(attrs)
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        studies = self._read(Wanted(catalogue=True), Replica.studies)
+        return self._studies(Wanted(catalogue=True))
+
+    def _studies(self, wanted: Wanted) -> list[FrozenStudy]:
+        """Those that are known, among them the wanted ones."""
+        studies = self._read(wanted, Replica.studies)
         for study in studies:
             study.user_attrs = self._copied_attrs(study.user_attrs)
             study.system_attrs = self._copied_attrs(study.system_attrs)
@@ -521,32 +550,55 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         checks.number(study_id, "study_id")
-        fields: dict[str, Any]
+        exchanger = self._exchanger
         if template_trial is None:
-            fields = {"datetime_start": self._now()}
+            record = r.CreateTrial(
+                study_id=study_id,
+                datetime_start=self._now(),
+                worker_id=exchanger.worker_id,
+                seq=next(exchanger.seqs),
+            )
         else:
             n_objectives = len(self.get_study_directions(study_id))
             fields = self.template_fields(template_trial, n_objectives)
-        record = r.CreateTrial(study_id=study_id, **fields, **self._exchanger.marks())
-        with self._covered(record.state):
-            outcome = self._write(record)
-            if outcome.verdict is not Verdict.ACCEPTED:
-                raise self._refusal(record, outcome)
-            if record.state == r.RUNNING:
-                self._own(outcome.id)
+            record = r.CreateTrial(study_id=study_id, **fields, **exchanger.marks())
+        outcome = self._start(record) if record.state == r.RUNNING else self._write(record)
+        if outcome.verdict is not Verdict.ACCEPTED:
+            raise self._refusal(record, outcome)
         return outcome.id
 
     def template_fields(self, template: FrozenTrial, n_objectives: int) -> dict[str, Any]:
         """The fields of a ``CreateTrial``. Raises TypeError or ValueError for what is refused."""
         return checks.template_fields(
-            template, n_objectives, self._attribute_value, self._distribution_text, r.format_time
+            template, n_objectives, self._attribute_value, self._is_alone, r.format_time
         )
 
-    def _covered(self, state: int) -> contextlib.AbstractContextManager[None]:
-        """Around a write after which the trial may be this storage's to beat for."""
-        if state == r.RUNNING and self._heartbeat_interval is not None:
-            return self._heartbeat.covering()
-        return _NOT_COVERED
+    def _start(self, record: r.CreateTrial | r.SetTrialStateValues) -> Outcome:
+        """Write the creation or the claim of a trial that this storage is to run."""
+        if self._heartbeat_interval is None:
+            return self._write_and_own(record)
+        with self._beats().covering():
+            return self._write_and_own(record)
+
+    def _write_and_own(self, record: r.CreateTrial | r.SetTrialStateValues) -> Outcome:
+        outcome = self._write(record)
+        if outcome.verdict is Verdict.ACCEPTED:
+            trial_id = outcome.id if isinstance(record, r.CreateTrial) else record.trial_id
+            exchanger = self._exchanger
+            with exchanger.mutex:
+                self._owned[trial_id] = exchanger.worker_id
+                self._fresh[trial_id] = exchanger.n_exchanges
+        return outcome
+
+    def _beats(self) -> Heartbeat:
+        """Made when it is needed: it refers to this storage, which then is not freed as soon as
+        nobody else does."""
+        with self._exchanger.mutex:
+            if self._heartbeat is None:
+                self._heartbeat = Heartbeat(
+                    self._exchanger, self.get_heartbeat_interval, self._owned_running, self._clock
+                )
+            return self._heartbeat
 
     def set_trial_param(
         self,
@@ -556,15 +608,17 @@ class Storage(BaseStorage, BaseHeartbeat):
         distribution: BaseDistribution,
     ) -> None:
         name = checks.text(param_name, "A parameter name")
+        value = checks.internal_value(param_value_internal, distribution, name)
+        text = checks.distribution_text(distribution, name, any_choices=self._is_alone)
+        exchanger = self._exchanger
         self._write_trial(
             r.SetTrialParam(
                 trial_id=trial_id,
                 param_name=name,
-                param_value_internal=checks.internal_value(
-                    param_value_internal, distribution, name
-                ),
-                distribution=self._distribution_text(distribution, name),
-                **self._exchanger.marks(),
+                param_value_internal=value,
+                distribution=text,
+                worker_id=exchanger.worker_id,
+                seq=next(exchanger.seqs),
             )
         )
 
@@ -602,7 +656,8 @@ class Storage(BaseStorage, BaseHeartbeat):
 
         Raises:
             KeyError: There is no such trial.
-            UpdateFinishedTrialError: It is finished, be it by somebody else a moment ago.
+            UpdateFinishedTrialError: It is finished, be it by somebody else a moment ago; or what
+                was put off of it was rejected, and its state is as it was.
             ValueError: ``values`` hold NaN or are not one per objective.
         """
         checks.number(trial_id, "trial_id")
@@ -616,29 +671,38 @@ class Storage(BaseStorage, BaseHeartbeat):
             values=checks.objective_values(values, self._n_objectives(trial_id)),
             datetime_start=now if code == r.RUNNING else None,
             datetime_complete=now if code in r.FINISHED else None,
-            **exchanger.marks(),
+            worker_id=exchanger.worker_id,
+            seq=next(exchanger.seqs),
         )
-        if code != r.RUNNING:
-            self._wait_for_the_asker(trial_id)
-        with self._covered(code):
-            outcome = self._write(record)
+        if code == r.RUNNING:
+            outcome = self._start(record)
+            if outcome.verdict is not Verdict.ACCEPTED:
+                self._lost_last = trial_id
             if outcome.verdict is Verdict.LOST:
                 self._fresh.pop(trial_id, None)
                 return False
-            if outcome.verdict is not Verdict.ACCEPTED:
-                raise self._refusal(record, outcome)
-            if code == r.RUNNING:
-                self._own(trial_id)
-            else:
-                with exchanger.mutex:
-                    self._owned.pop(trial_id, None)
-                    self._fresh.pop(trial_id, None)
+        else:
+            self._wait_for_the_asker(trial_id)
+            try:
+                outcome = self._write(record)
+            except ValueError:
+                exchanger.raise_rejected(trial_id)
+                raise
+        if outcome.verdict is not Verdict.ACCEPTED:
+            raise self._refusal(record, outcome)
+        if code != r.RUNNING:
+            with exchanger.mutex:
+                self._owned.pop(trial_id, None)
+                self._fresh.pop(trial_id, None)
         return True
 
     def _n_objectives(self, trial_id: int) -> int:
-        with self._exchanger.mutex:
-            if self._replica.has_trial(trial_id):
-                return self._replica.n_objectives_of_trial(trial_id)
+        exchanger = self._exchanger
+        with exchanger.mutex:
+            try:
+                return exchanger.replica.n_objectives_of_trial(trial_id)
+            except KeyError:
+                pass
         return self._read(
             Wanted(trials=frozenset((trial_id,))),
             lambda replica: replica.n_objectives_of_trial(trial_id),
@@ -646,7 +710,7 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def _wait_for_the_asker(self, trial_id: int) -> None:
         """Of another storage's RUNNING trial: what that one put off must arrive first."""
-        if self._owns(trial_id) or self._is_alone:
+        if self._is_alone or self._owns(trial_id):
             return
         with self._exchanger.mutex:
             is_running = self._replica.is_running(trial_id)
@@ -668,9 +732,18 @@ class Storage(BaseStorage, BaseHeartbeat):
                 return self._replica.trial(trial_id)
             if self._replica.is_finished(trial_id):
                 return self._replica.finished_trial(trial_id)
-        return self._read(
-            Wanted(trials=frozenset((trial_id,))), lambda replica: replica.trial(trial_id)
-        )
+            may_look_ahead = self._owns(trial_id)
+            # Of this moment: what leaves the outbox while this reads need not be in what it reads.
+            ahead = exchanger.put_off(trial_id)
+        wanted = Wanted(trials=frozenset((trial_id,)))
+        if may_look_ahead and not self._max_staleness_s:
+            # What was put off goes with the trial's state, in one append, and is shown as if it
+            # were there. What the log refuses of it keeps the trial from being told.
+            exchanger.run((), wanted, carry=False)
+            with exchanger.mutex:
+                if self._replica.is_running(trial_id):
+                    return self._replica.trial(trial_id, ahead)
+        return self._read(wanted, lambda replica: replica.trial(trial_id))
 
     def get_all_trials(
         self,
@@ -680,17 +753,28 @@ class Storage(BaseStorage, BaseHeartbeat):
     ) -> list[FrozenTrial]:
         wanted = _trials_wanted(study_id, states)
         if wanted.waiting_of and not deepcopy:
-            # Optuna asks for the queue before each trial, and takes the first: a list of all of
-            # it would cost more than everything else about that trial.
-            exchanger = self._exchanger
-            queue = self._read(
-                wanted, lambda replica: replica.waiting(study_id, lambda: exchanger.mutex)
-            )
+            # Optuna asks for the queue before each trial, and takes the first: to look over all
+            # of it, there or here, would cost more than everything else about that trial.
+            queue = self._waiting(_next_of(study_id))
+            if queue:
+                queue = WaitingTrials(
+                    queue,
+                    NEXT_MIN,
+                    read_above=lambda above: self._waiting(wanted, above),
+                    is_lost=lambda trial_id: trial_id == self._lost_last,
+                )
             return cast(list[FrozenTrial], queue)
         trials = self._read(wanted, lambda replica: replica.trials(study_id, states))
         if deepcopy:
             return [self._copied_trial(trial) for trial in trials]
         return trials
+
+    def _waiting(self, wanted: Wanted, above: int = -1) -> Sequence[FrozenTrial]:
+        exchanger = self._exchanger
+        (study_id,) = wanted.waiting_of | wanted.next_of
+        return self._read(
+            wanted, lambda replica: replica.waiting(study_id, lambda: exchanger.mutex, above)
+        )
 
     def _copied_trial(self, trial: FrozenTrial) -> FrozenTrial:
         """Distributions are never edited by anybody and are shared."""
@@ -782,7 +866,8 @@ class Storage(BaseStorage, BaseHeartbeat):
                 "needs the methods of trialstore.log.LeaseStore for it."
             )
         self._heartbeat_interval = interval_s
-        self._heartbeat.interval_changed()
+        if self._heartbeat is not None:
+            self._heartbeat.interval_changed()
 
     @property
     def grace_period(self) -> int | None:
@@ -825,21 +910,21 @@ class Storage(BaseStorage, BaseHeartbeat):
             KeyError: There is no such trial.
             ValueError: The log keeps no leases.
         """
-        exchanger = self._exchanger
+        exchanger, heartbeat = self._exchanger, self._beats()
         with exchanger.mutex:
             owns, known = self._owns(trial_id), self._replica.has_trial(trial_id)
-        if owns and self._heartbeat.is_beating:
+        if owns and heartbeat.is_beating:
             return
         if not isinstance(exchanger.log, LeaseStore):
             raise ValueError(f"{exchanger.log!r} keeps no leases.")
         if owns:
-            with self._heartbeat.covering():
+            with heartbeat.covering():
                 pass
         elif not known:
             self.get_trial(trial_id)
         with exchanger.mutex:
             owner = self._replica.owner(trial_id)
-        self._heartbeat.speak_for(trial_id, exchanger.worker_id if owns else owner)
+        heartbeat.speak_for(trial_id, exchanger.worker_id if owns else owner)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         """Trials whose worker is dead, for ``optuna.storages.fail_stale_trials`` to fail.
@@ -937,7 +1022,7 @@ def _judged_by(record: r.AnyOperation) -> Wanted:
     if isinstance(record, r.CreateStudy):
         return Wanted(names=frozenset((record.study_name,)))
     if isinstance(record, r.CreateTrial):
-        return Wanted(waiting_of=frozenset((record.study_id,)))
+        return _next_of(record.study_id)
     if isinstance(record, (r.DeleteStudy, r.SetStudyUserAttr, r.SetStudySystemAttr)):
         return Wanted(studies=frozenset((record.study_id,)))
     if isinstance(record, r.Ignored):
@@ -957,6 +1042,11 @@ def _trials_wanted(study_id: int, states: Container[TrialState] | None) -> Wante
 @functools.lru_cache
 def _waiting_of(study_id: int) -> Wanted:
     return Wanted(waiting_of=frozenset((study_id,)))
+
+
+@functools.lru_cache
+def _next_of(study_id: int) -> Wanted:
+    return Wanted(next_of=frozenset((study_id,)))
 
 
 @functools.lru_cache

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from optuna.storages import BaseStorage
 
-from trialstore.errors import LogUnavailableError
+from trialstore.errors import LogCorruptError, LogUnavailableError
 from trialstore.log import Log
 
 _REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "sentinel")
@@ -110,6 +110,7 @@ def must_exist(url: str) -> None:
 
     Raises:
         LogUnavailableError: It is not.
+        LogCorruptError: It is no SQLite database, where the URL says so.
         ValueError: The URL names what lives in another process' memory.
     """
     scheme, separator, rest = url.partition("://")
@@ -118,7 +119,7 @@ def must_exist(url: str) -> None:
     if not separator or kind == "journal":
         path = rest if separator else url
     elif kind == "sqlite":
-        from trialstore.logs.relational.log import sqlite_path
+        from trialstore.logs.relational.connection import sqlite_path
 
         path = sqlite_path(url)
     elif kind == "memory":
@@ -127,10 +128,15 @@ def must_exist(url: str) -> None:
         return
     if not Path(path).is_file():
         raise LogUnavailableError(f"There is no file {path}.")
-    if kind != "sqlite":
-        with Path(path).open("rb") as file:
-            if file.read(len(_SQLITE_HEADER)) == _SQLITE_HEADER:
-                raise ValueError(f"{path} is a SQLite database: its URL is sqlite:///{path}.")
+    with Path(path).open("rb") as file:
+        is_sqlite = file.read(len(_SQLITE_HEADER)) == _SQLITE_HEADER
+    if is_sqlite and kind != "sqlite":
+        raise ValueError(f"{path} is a SQLite database: its URL is sqlite:///{path}.")
+    if kind == "sqlite" and not is_sqlite:
+        raise LogCorruptError(
+            "This is no SQLite database. The URL of a journal is journal:// and its path.",
+            source=path,
+        )
 
 
 def _unknown(scheme: str) -> ValueError:

@@ -7,13 +7,18 @@ asked for, and a claim moves the beginning of the next stretch.
 
 An earlier read never changes: whoever leaves the queue, or changes in it, is replaced in the
 stretches that somebody still has by what it was then.
+
+Nor does a log look over the whole queue for whom only the next few concern: those are what a read
+covers, and whoever looks beyond them reads again.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+import random
 from typing import Any, Final, Protocol, overload
 from weakref import WeakValueDictionary
 
@@ -21,6 +26,8 @@ from optuna.trial import FrozenTrial
 
 # How many that have left may stand before the first; moving the others costs once for so many.
 _LEFT_MAX: Final = 1024
+
+_random = random.SystemRandom()  # not the user's, whom a seed promises what comes next
 
 
 class _Waiting(Protocol):
@@ -33,8 +40,8 @@ class _Waiting(Protocol):
         ...
 
 
-class WaitingTrials(Sequence[FrozenTrial]):
-    """The WAITING trials of a study as of one moment, for reading.
+class Stretch(Sequence[FrozenTrial]):
+    """The WAITING trials of a study as a replica holds them at one moment, for reading.
 
     Args:
         slots: What is shared with other stretches of the list.
@@ -75,6 +82,85 @@ class WaitingTrials(Sequence[FrozenTrial]):
             trial = self._slots[index]
             return trial if isinstance(trial, FrozenTrial) else trial.shared_view()
 
+
+class WaitingTrials(Sequence[FrozenTrial]):
+    """What a reader of the WAITING trials gets in place of a list of them.
+
+    The first few are those of the read. If there are more, the others, and how many, are read
+    when they are first asked for, and are those of that moment; it may raise what a read raises.
+
+    Args:
+        trials: The WAITING trials, by id.
+        n_read: So many of them, from the first on, are surely those of the read.
+        read_above: Reads those with greater ids than this one.
+        is_lost: Whether a trial could not be claimed, because somebody else was quicker.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[FrozenTrial],
+        n_read: int,
+        read_above: Callable[[int], Sequence[FrozenTrial]],
+        is_lost: Callable[[int], bool],
+    ) -> None:
+        self._trials = trials
+        self._n_read = n_read
+        self._is_lost = is_lost
+        self._is_whole = len(trials) <= n_read
+        self._read_above = read_above
+        self._n_shown = 0
+        self._shown: list[FrozenTrial] = []  # before the others were read
+
+    def __bool__(self) -> bool:
+        return bool(self._shown) or len(self._trials) > 0
+
+    def __len__(self) -> int:
+        self._read_the_others()
+        return len(self._shown) + len(self._trials)
+
+    @overload
+    def __getitem__(self, index: int) -> FrozenTrial: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[FrozenTrial]: ...
+
+    def __getitem__(self, index: int | slice) -> FrozenTrial | list[FrozenTrial]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        if not self._is_whole and 0 <= index < self._n_read:
+            self._n_shown = max(self._n_shown, index + 1)
+            return self._trials[index]
+        at = range(len(self))[index]
+        n_shown = len(self._shown)
+        return self._shown[at] if at < n_shown else self._trials[at - n_shown]
+
+    def __iter__(self) -> Iterator[FrozenTrial]:
+        """In order, until one is claimed by somebody else before the reader could.
+
+        All workers that read the queue at one moment claim its first trial, and all but one lose
+        it. If they tried the second then, and so on, each would lose about as often as there are
+        others, and each time costs an exchange. So a loser goes on at a random place.
+        """
+        begin = 0
+        while begin < self._n_read or begin < len(self):
+            end = begin + self._n_read
+            ahead = deque(range(begin, min(end, len(self)) if self._is_whole else end))
+            while ahead:
+                try:
+                    trial = self[ahead.popleft()]
+                except IndexError:
+                    break  # some had left when the others were read
+                yield trial
+                if ahead and self._is_lost(trial._trial_id):
+                    ahead.rotate(-_random.randrange(len(ahead)))
+            begin = end
+
+    def _read_the_others(self) -> None:
+        if not self._is_whole:
+            shown = list(self._trials[: self._n_shown])
+            self._trials = self._read_above(shown[-1]._trial_id if shown else -1)
+            self._shown, self._is_whole = shown, True
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
@@ -107,7 +193,7 @@ class Waiting:
         self._slots: list[_Waiting | FrozenTrial] = []
         self._ids: list[int] = []
         self._begin = 0
-        self._stretches: WeakValueDictionary[int, WaitingTrials] = WeakValueDictionary()
+        self._stretches: WeakValueDictionary[int, Stretch] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._ids) - self._begin
@@ -116,9 +202,10 @@ class Waiting:
         for index in range(self._begin, len(self._ids)):
             yield self._slots[index]
 
-    def trials(self, mutex: Callable[[], AbstractContextManager[Any]]) -> WaitingTrials:
-        """All of them, in O(1)."""
-        stretch = WaitingTrials(self._slots, self._begin, len(self._ids), mutex)
+    def trials(self, mutex: Callable[[], AbstractContextManager[Any]], above: int = -1) -> Stretch:
+        """All of them, in O(1), or those with ids above one."""
+        begin = self._begin if above < 0 else bisect_right(self._ids, above, self._begin)
+        stretch = Stretch(self._slots, begin, len(self._ids), mutex)
         self._stretches[id(stretch)] = stretch
         return stretch
 
@@ -143,13 +230,10 @@ class Waiting:
             at -= self._move()
             del self._slots[at], self._ids[at]
 
-    def renew(self, trial: _Waiting, before: FrozenTrial) -> None:
-        """It has changed and goes on waiting; who has read it sees it as it was before."""
+    def renew(self) -> None:
+        """One is about to change and goes on waiting; who has read it sees it as it was before."""
         if self._stretches:
-            at = bisect_left(self._ids, trial.id, self._begin)
-            given_out = self._slots
             self._move()
-            given_out[at] = before
 
     def _move(self) -> int:
         """To a list that nobody has a stretch of; by how much all are further to the front."""

@@ -1,14 +1,15 @@
 """Changes of a study's trials, one after the other, for a program that reacts to them.
 
 A cursor says which trials have been told of and what the unfinished ones looked like, so it is
-good on every log, in another process, and after a journal was compacted. No log can wake a reader
-yet; each look is one exchange, of what is new.
+good on every log, in another process, and after a journal was compacted. Each look is one
+exchange, of what is new; in between a log that is ``Audible`` says when there is something to see.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 import itertools
 from typing import Any, Final, NamedTuple
 import zlib
@@ -16,7 +17,6 @@ import zlib
 import msgspec
 from optuna.trial import FrozenTrial
 
-from trialstore.clock import Clock
 from trialstore.contents import slot_id
 from trialstore.replica import Replica
 
@@ -53,8 +53,12 @@ Read = Callable[[Callable[[Replica], Any]], Any]
 """Lets the replica answer after an exchange that wanted the study's trials."""
 
 
+Listen = Callable[[], AbstractContextManager[Callable[[float], None]]]
+"""As ``Audible.listening``; where a log is not, what is entered just sleeps."""
+
+
 def watch(
-    read: Read, study_id: int, since: str | None, poll_s: float, clock: Clock
+    read: Read, listen: Listen, study_id: int, since: str | None, poll_s: float
 ) -> Iterator[Change]:
     """Every change behind a cursor, and then every change to come; see ``Storage.watch``."""
     position = _Position(study_id, -1, {}) if since is None else _position_of(since, study_id)
@@ -67,21 +71,22 @@ def watch(
         ids = sorted({*position.unfinished, *map(slot_id, newer)})
         return [replica.trial(trial_id) for trial_id in ids]
 
-    while True:
-        told = False
-        for trial in read(news):
-            look = _checksum(trial)
-            if position.unfinished.get(trial._trial_id) == look:
-                continue
-            if trial.state.is_finished():
-                position.unfinished.pop(trial._trial_id, None)
-            else:
-                position.unfinished[trial._trial_id] = look
-            position.number = max(position.number, trial.number)
-            told = True
-            yield Change(trial, _cursor_of(position))
-        if not told:
-            clock.sleep(poll_s)
+    with listen() as wait:
+        while True:
+            told = False
+            for trial in read(news):
+                look = _checksum(trial)
+                if position.unfinished.get(trial._trial_id) == look:
+                    continue
+                if trial.state.is_finished():
+                    position.unfinished.pop(trial._trial_id, None)
+                else:
+                    position.unfinished[trial._trial_id] = look
+                position.number = max(position.number, trial.number)
+                told = True
+                yield Change(trial, _cursor_of(position))
+            if not told:
+                wait(poll_s)
 
 
 def _checksum(trial: FrozenTrial) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from datetime import datetime, timedelta
 import itertools
 from pathlib import Path
@@ -10,11 +9,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import optuna
+from optuna.distributions import FloatDistribution, distribution_to_json
 import pytest
 
 import stores
@@ -155,56 +154,152 @@ def test_a_value_that_the_target_cannot_hold_is_named(tmp_path: Path, cli: Cli) 
     assert "600 letters" in result.err
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_killed_five_times_and_started_again(kind: str, tmp_path: Path, cli: Cli) -> None:
-    source = str(tmp_path / "source.journal")
-    storage: Any = trialstore.get_storage(source)
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_means_something_to_a_protocol(kind: str, tmp_path: Path, cli: Cli) -> None:
+    source, target = str(tmp_path / "odd.journal"), new_url(kind, tmp_path)
+    texts = ["\\N", "a\tb", "line\nline", "\r\n", "\\", "\\.", "'; --", "%s %(a)s {0}", "№", ""]
+    study = optuna.create_study(study_name="odd", storage=trialstore.get_storage(source))
+    study.add_trial(
+        optuna.create_trial(
+            values=[float("-inf")],
+            params={f"p{text}": 1e-308 for text in texts},
+            distributions={f"p{text}": FloatDistribution(0, 1) for text in texts},
+            user_attrs={f"k{i}{text}": text for i, text in enumerate(texts)},
+            system_attrs={"none": None},
+            intermediate_values={0: float("nan"), 1: -0.0, 2: float("inf"), -3: 5e-324},
+        )
+    )
+    study.enqueue_trial({})
+    (copied,) = cli.json("copy", source, target, "--verify")
+    assert copied["differences"] == []
+    if kind != "mariadb":  # which holds whole seconds
+        assert _contents(target) == _contents(source)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind", ["psycopg", "psycopg2", "mariadb"])
+def test_a_connection_that_ends_in_the_middle(
+    kind: str, origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    from trialstore.logs.relational import loading
+
+    insert, n_calls = loading._insert, itertools.count()
+
+    def cut_off(connection: Any, *args: Any) -> None:
+        if next(n_calls) == 3:
+            connection.connection.driver_connection.close()
+        insert(connection, *args)
+
+    monkeypatch.setattr(loading, "_insert", cut_off)
+    target = new_url(kind, tmp_path)
+    cli.json("copy", origin, target, "--verify")
+    assert next(n_calls) > 9
+    assert _contents(target) == _contents(origin)
+
+
+@pytest.mark.servers
+def test_rows_that_need_several_statements(
+    origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    from trialstore.logs.relational import loading
+
+    monkeypatch.setattr(loading, "_STATEMENT_LEN", 200)
+    target = new_url("mariadb", tmp_path)
+    cli.json("copy", origin, target, "--verify")
+    assert _contents(target) == _contents(origin)
+
+
+# The command, killed in the middle of a batch that it is told.
+_KILLED = """
+import os, signal, sys, threading, time
+from trialstore.cli import main
+from trialstore.stores import transfer
+
+transfer._BATCH_TRIALS = 25
+batch, share = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+create, durations_s = transfer._Writer.create, []
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def until_killed(self, *args):
+    if len(durations_s) == batch:
+        threading.Timer(min(durations_s) * share, kill).start()
+    elif len(durations_s) > batch:
+        kill()
+    began_s = time.perf_counter()
+    create(self, *args)
+    durations_s.append(time.perf_counter() - began_s)
+
+transfer._Writer.create = until_killed
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(["journal", "sqlite"], id="files"),
+        pytest.param(
+            ["psycopg", "journal", "redis", "mariadb", "sqlite"],
+            id="all",
+            marks=pytest.mark.servers,
+        ),
+    ],
+)
+def test_killed_ten_times_on_the_way_around_and_back(
+    kinds: list[str], origin: str, tmp_path: Path, cli: Cli
+) -> None:
+    start = f"sqlite:///{tmp_path}/start.db"
+    cli.json("copy", origin, start)
+    _add_a_long_study(start)
+    before = _contents(optuna.storages.RDBStorage(start))
+    n_trials = sum(len(study["trials"]) for study in before.values())
+    n_kills = 0
+    source = start
+    for kind in kinds:
+        target = new_url(kind, tmp_path)
+        reached = 0
+        for kill in range(10 // len(kinds)):
+            command = [sys.executable, "-c", _KILLED, str(3 + kill % 2), f"{(1 + kill) / 6}"]
+            killed = subprocess.run([*command, "copy", source, target], stdout=subprocess.DEVNULL)
+            assert killed.returncode == -signal.SIGKILL
+            now = sum(len(study["trials"]) for study in _contents(target).values())
+            assert reached < now < n_trials
+            reached, n_kills = now, n_kills + 1
+        copied = cli.json("copy", source, target, "--verify")
+        assert [one["differences"] for one in copied] == [[]] * len(before)
+        assert sum(one["n_new"] for one in copied) == n_trials - reached
+        findings = cli("check", target, "--json").json["findings"]
+        assert [one for one in findings if one["severity"] != "note"] == []
+        source = target
+    assert n_kills == 10
+    assert _contents(optuna.storages.RDBStorage(source)) == before
+
+
+def _add_a_long_study(url: str) -> None:
+    """Of 1,000 trials of whole seconds, in one exchange."""
+    storage: Any = trialstore.get_storage(url)
     study = optuna.create_study(study_name="long", storage=storage)
-    log = storage.log
-    log.exchange(
+    text = distribution_to_json(FloatDistribution(0, 1))
+    storage.log.exchange(
         [
             r.CreateTrial(
                 study_id=study._study_id,
-                datetime_start=r.now_text(),
+                datetime_start="2026-11-21T10:00:00+00:00",
+                datetime_complete="2026-11-21T10:00:01+00:00",
                 state=r.COMPLETE,
                 value=float(number),
-                datetime_complete=r.now_text(),
+                params={"x": number / 1_000},
+                distributions={"x": text},
                 user_attrs={"n": number},
+                intermediate_values={"0": float(number)},
                 worker_id="w",
                 seq=number,
             )
-            for number in range(6_000)
+            for number in range(1_000)
         ],
         None,
         trialstore.log.NOTHING,
     )
-    target = new_url(kind, tmp_path)
-    command = [sys.executable, "-m", "trialstore", "copy", source, target]
-    reached = 0
-    for _ in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        # Killed in the middle of a batch: as soon as it has written something.
-        deadline_s = time.monotonic() + 60
-        while process.poll() is None and _bytes(target) <= reached:
-            assert time.monotonic() < deadline_s
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        reached = _bytes(target) + 1
-    cli.json("copy", source, target, "--verify")
-    assert _contents(target) == _contents(source)
-    assert not [
-        finding
-        for finding in cli("check", target, "--json").json["findings"]
-        if finding["severity"] != "note"
-    ]
-
-
-def _bytes(url: str) -> int:
-    """Of the store with what belongs to it."""
-    path = Path(url.partition("//")[2].removeprefix("/") if "sqlite" in url else url[10:])
-    path = path if path.is_absolute() else Path("/") / path
-    total = 0
-    for one in path.parent.glob(path.name + "*"):
-        with contextlib.suppress(FileNotFoundError):  # SQLite comes and goes with its own
-            total += one.stat().st_size
-    return total
+    storage.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from datetime import timezone
+from datetime import datetime, timedelta, timezone
 import json
 from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import optuna
@@ -14,6 +16,7 @@ import pytest
 import stores
 from stores import KINDS, Cli, new_url
 import trialstore
+from trialstore.stores import frames
 from trialstore.testing.contents import storage_contents
 
 pa = pytest.importorskip("pyarrow")
@@ -149,3 +152,34 @@ def test_to_arrow_of_a_study_in_memory_and_of_optunas_own() -> None:
     assert trialstore.to_arrow(study).num_rows == len(study.trials)
     with pytest.raises(TypeError, match="of Optuna's"):
         trialstore.to_arrow(optuna.create_study())
+
+
+_MOMENT = datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=timezone.utc)
+_CELLS: dict[str, list[Any]] = {
+    "int": [0, -(1 << 63), (1 << 63) - 1],
+    "float": [-0.0, float("nan"), float("-inf"), 5e-324],
+    "bool": [True, False, False, True, True, False, True, False, True],
+    "str": ["", "a\0b", "\N{GRINNING FACE}", "long" * 9_999],
+    "time": [_MOMENT, datetime(9999, 12, 31, tzinfo=timezone.utc)],
+    "duration": [timedelta(0), timedelta(microseconds=-1), timedelta(days=9_999)],
+}
+
+
+@pytest.mark.parametrize("kind", _CELLS)
+def test_an_array_is_what_pyarrow_makes_of_the_cells(kind: Any) -> None:
+    from trialstore.stores import arrow
+
+    for cells in ([], [None], [None, *_CELLS[kind]], [*_CELLS[kind], None] * 7):
+        made = arrow._array(frames.Column("a", "number", None, kind), cells)
+        made.validate(full=True)
+        same = pa.array(cells, arrow._TYPES[kind])
+        assert repr(made.to_pylist()) == repr(same.to_pylist())
+        assert made.type == same.type and made.null_count == same.null_count
+
+
+def test_pandas_is_not_imported_for_it(filled: tuple[str, optuna.Study], tmp_path: Path) -> None:
+    url, _ = filled
+    script = "import sys, trialstore.cli as c; sys.modules['pandas'] = c; c.main()"
+    command = ["export", url, "--study", "colours", "-o", f"{tmp_path}/a.parquet"]
+    ran = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 import subprocess
 import sys
+from typing import Any
 
 import optuna
 import pytest
+from rich.console import Console
 
 import stores
 from stores import KINDS, Cli, new_url
 import trialstore
+from trialstore.cli import output
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -36,6 +40,12 @@ def test_info_tells_what_is_there_and_delete_study_takes_it_away(
     assert one["first_start_at"] == study.trials[0].datetime_start.isoformat()
     assert one["directions"] == ["MINIMIZE"]
     assert told["studies"][1]["best_value"] is None
+    assert {one["n_with_heartbeats"] for one in told["studies"]} == {0}
+    beating: Any = trialstore.get_storage(url, heartbeat_interval=1000)
+    optuna.load_study(study_name="colours, empty", storage=beating).ask()
+    beats = [one["n_with_heartbeats"] for one in cli.json("info", url)["studies"]]
+    assert beats == [0, 0, 1]
+    beating.close()
     text = cli("info", url)
     assert text.code == 0
     assert "colours, several" in text.out
@@ -63,6 +73,40 @@ def test_what_only_reads_makes_nothing(
 def test_an_error_is_one_json_document_as_well(cli: Cli, tmp_path: Path) -> None:
     assert "There is no file" in cli.json("info", f"{tmp_path}/absent", code=3)["error"]
     assert cli.json("info", "gopher://x", code=2)["type"] == "ValueError"
+
+
+def test_what_is_wrong_is_said_and_nothing_is_made(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    journal, database = f"{tmp_path}/a.journal", tmp_path / "a.db"
+    stores.fill(trialstore.get_storage(journal))
+    database.write_bytes(b"")
+    for code, said, *arguments in (
+        (2, "no study with the name 'nobody'", "stale", journal, "--study", "nobody"),
+        (2, "no study with the name 'nobody'", "watch", journal, "--study", "nobody"),
+        (2, "Invalid value", "serve", journal, "--port", "99999"),
+        (2, "Invalid value", "dashboard", journal, "--port", "0"),
+        (3, "no folder", "export", journal, "--study", "colours", "-o", f"{tmp_path}/b/c.csv"),
+        (3, "c.jsonl: No such file", "import", f"{tmp_path}/c.jsonl", journal),
+        (4, "no SQLite database", "check", f"sqlite:///{database}"),
+        (4, "no SQLite database", "info", f"sqlite:///{journal}"),
+        (130, "Interrupted", "delete-study", journal, "colours"),  # nobody answers
+    ):
+        result = cli(*arguments)
+        assert (result.code, said in result.err) == (code, True), result
+    assert {path.name for path in tmp_path.iterdir() if "journal" not in path.name} == {"a.db"}
+    assert database.read_bytes() == b""
+
+
+def test_in_a_narrow_terminal_nothing_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "stdout", Console(width=40, soft_wrap=True))
+    name = "a-study-with-a-name-that-is-longer-than-the-terminal-is-wide"
+    output.print_table(("study", "trials"), [(name, "12345")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "".join(line.partition(" ")[0] for line in lines[1:]) == name
 
 
 def test_as_a_module_and_without_the_extra(tmp_path: Path) -> None:

@@ -9,39 +9,67 @@ from typing import Any
 
 import pytest
 
-from damages import JOURNAL_DAMAGES, SQLITE_DAMAGES
+from damages import (
+    JOURNAL_DAMAGES,
+    REDIS_DAMAGES,
+    SQLITE_DAMAGES,
+    damage_journal,
+    damage_redis,
+    damage_tables,
+)
 import stores
 from stores import Cli
 import trialstore
 from trialstore.testing.contents import storage_contents
 
-# What no repair can know.
-_LOST_FOR_GOOD = {
-    "the creation of a trial is gone",  # not even a gap tells where
-    "a study that never was",  # nor was the trial in it
-    "a study without directions",
-    "a version from the future",
-    "a table is gone",
-    "a column is gone",
-    "a constraint is gone, and a row is there twice",  # the rows are mended, the tables stay
-    "an unknown direction",
-    "a number is missing",
-    "a distribution of another kind",
+# Of a journal: where nothing was destroyed.
+_NOTHING_LOST = {
+    "a line of another program",
+    "the file ends in a record",
+    "the last newline is another byte",
+    "a record glued on a torn one",
+    "a newline is another byte",
+    "a record twice",
 }
+# A trial without a place: not even a gap tells where it was, or which study it was in.
+_TRIAL_LOST = {"the creation of a trial is gone", "a study that never was"}
+
+# Of tables: in what a trial or study differs from before, which is what the damage destroyed.
+_DIFFERENT: dict[str, set[str]] = {
+    "a trial is gone": {"missing"},
+    "a study is gone": {"name"},
+    "a number is missing": {"missing", "new"},  # nothing tells that it was another
+    "a number is there twice": set(),
+    "a trial without a number": set(),
+    "an unknown state": {"state"},
+    "finished without a time": {"datetime_complete"},
+    "an unknown time": {"datetime_start"},
+    "a study without directions": {"directions"},
+    "an unknown direction": {"directions"},
+    "COMPLETE without values": {"state", "values"},
+    "too many values": set(),
+    "a value that is no number": {"state", "values"},
+    "a report that is nothing": {"intermediate_values"},
+    "a choice that does not exist": {"params"},
+    "an unknown distribution": {"params"},
+    "a distribution of another kind": {"params"},
+    "an attribute that is no JSON": {"user_attrs"},
+    "a table is gone": {"state", "values"},
+    "a column is gone": set(),
+    "a constraint is gone, and a row is there twice": set(),
+}
+# What is still wrong afterwards, because nothing tells what is right.
+_STAYS = {"number-gap", "distribution-incompatible", "column-missing"}
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("filled")
-    for url in (f"{folder}/a.journal", f"sqlite:///{folder}/a.db"):
-        storage: Any = trialstore.get_storage(url)
-        stores.fill(storage)
-        storage.close()
-    return folder
+def _contents(url: str) -> Any:
+    storage: Any = trialstore.get_storage(url)
+    contents = storage_contents(storage, ids=False)
+    storage.close()
+    return contents
 
 
-def _trials(url: str) -> dict[tuple[str, int], Any]:
-    contents = storage_contents(trialstore.get_storage(url), ids=False)
+def _trials(contents: Any) -> dict[tuple[str, int], Any]:
     return {
         (name, trial["number"]): trial
         for name, study in contents.items()
@@ -49,24 +77,46 @@ def _trials(url: str) -> dict[tuple[str, int], Any]:
     }
 
 
+def _differences(before: Any, after: Any) -> set[str]:
+    """Names of fields that differ; of attributes, reports and parameters none may be new."""
+    found = set()
+    for name, old in before.items():
+        found |= {key for key in old if key != "trials" and old[key] != after[name][key]}
+    old_trials, new_trials = _trials(before), _trials(after)
+    found |= {"missing"} if old_trials.keys() - new_trials.keys() else set()
+    found |= {"new"} if new_trials.keys() - old_trials.keys() else set()
+    for key in old_trials.keys() & new_trials.keys():
+        old, new = old_trials[key], new_trials[key]
+        found |= {field for field in old if old[field] != new[field]}
+        for field in ("user_attrs", "system_attrs", "intermediate_values"):
+            assert new[field].items() <= old[field].items()
+    return found
+
+
 @pytest.mark.parametrize("name", JOURNAL_DAMAGES)
 def test_a_journal(name: str, filled: Path, tmp_path: Path, cli: Cli) -> None:
-    damage, _ = JOURNAL_DAMAGES[name]
-    before = _trials(str(filled / "a.journal"))
-    lines = (filled / "a.journal").read_bytes().splitlines(keepends=True)
+    kind = JOURNAL_DAMAGES[name][1]
+    before = _contents(str(filled / "a.journal"))
     path = tmp_path / "damaged.journal"
-    path.write_bytes(b"".join(damage(lines)))
+    damage_journal(name, filled / "a.journal", path)
     damaged = path.read_bytes()
-    result = cli("repair", str(path))
-    assert result.code in (0, 1)
+    result = cli("repair", str(path), "--json")
+    told = result.json
     assert path.read_bytes() == damaged
-    after = _trials(f"{path}.repaired")
-    if name in _LOST_FOR_GOOD:
-        return
+    assert result.code == (1 if told["given_up"] or told["still"] else 0)
+    # Whole lines are left as they are, and so is a wrong field in one of them.
+    assert told["done"] or told["given_up"] or {one["kind"] for one in told["still"]} == {kind}
+    after = _contents(f"{path}.repaired")
+    old, new = _trials(before), _trials(after)
     # Every trial is there, under its number, and at most one says less than before.
-    assert after.keys() == before.keys()
-    different = [key for key in before if after[key] != before[key]]
-    assert len(different) <= 1, different
+    assert new.keys() <= old.keys()
+    assert len(old.keys() - new.keys()) == (1 if name in _TRIAL_LOST else 0)
+    different = [key for key in new if new[key] != old[key]]
+    if name in _NOTHING_LOST:
+        assert after == before
+    else:
+        n = 1 if name not in _TRIAL_LOST and name != "an unknown direction" else 0
+        assert len(different) == n, different
     again = cli("repair", str(path))
     assert again.code == 2
     assert "exists already" in again.err
@@ -74,36 +124,87 @@ def test_a_journal(name: str, filled: Path, tmp_path: Path, cli: Cli) -> None:
 
 @pytest.mark.parametrize("name", SQLITE_DAMAGES)
 def test_tables(name: str, filled: Path, tmp_path: Path, cli: Cli) -> None:
-    script, kind = SQLITE_DAMAGES[name]
+    kind = SQLITE_DAMAGES[name][1]
+    url = damage_tables(name, filled / "a.db", tmp_path / "damaged.db")
+    assert kind in {one["kind"] for one in cli.json("check", url, code=1)["findings"]}
+    result = cli("repair", url, "--json")
+    if name == "a version from the future":
+        assert result.code == 4
+        assert "trialstore upgrade" in result.json["error"]
+        return
+    told = result.json
+    left = {"number-gap"} if name == "a trial is gone" else {kind} & _STAYS
+    assert {finding["kind"] for finding in told["still"]} == left
+    before, after = _contents(f"sqlite:///{filled}/a.db"), _contents(told["repaired"])
+    expected = _DIFFERENT[name]
+    if "name" in expected:
+        after["colours"] = after.pop("lost-study-1")
+    assert _differences(before, after) == expected - {"name"}
+    assert result.code == (1 if told["given_up"] or told["still"] else 0)
+    assert result.code == 1 or not expected
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("name", REDIS_DAMAGES)
+def test_a_journal_in_redis(name: str, tmp_path: Path, cli: Cli) -> None:
+    url = stores.new_url("redis", tmp_path)
+    storage: Any = trialstore.get_storage(url)
+    stores.fill(storage)
+    before = _contents(url)
+    storage.close()
+    damage_redis(name, url)
+    target = str(tmp_path / "repaired.journal")
+    told = cli("repair", url, "--output", target, "--json").json
+    assert told["still"] == []
+    after = _contents(target)
+    old, new = _trials(before), _trials(after)
+    assert new.keys() == old.keys()
+    different = [key for key in old if old[key] != new[key]]
+    assert len(different) == (1 if name in ("a key is gone", "bytes of a record") else 0)
+    assert bool(told["given_up"]) == bool(different)
+
+
+def test_tables_without_the_trials_are_left_alone(filled: Path, tmp_path: Path, cli: Cli) -> None:
     path = tmp_path / "damaged.db"
     shutil.copy(filled / "a.db", path)
     connection = sqlite3.connect(path)
-    connection.executescript(script)
+    connection.execute("DROP TABLE trials")
     connection.close()
-    if name in _LOST_FOR_GOOD:
-        return
-    told = cli("repair", f"sqlite:///{path}", "--json")
-    repaired = told.json["repaired"]
-    left = {finding["kind"] for finding in told.json["still"]}
-    assert kind not in left
-    before, after = _trials(f"sqlite:///{filled}/a.db"), _trials(repaired)
-    if name != "a study is gone":
-        assert len(before.keys() - after.keys()) <= 1
-    assert kind in {
-        finding["kind"] for finding in cli.json("check", f"sqlite:///{path}", code=1)["findings"]
-    }
+    before = path.read_bytes()
+    assert cli("repair", f"sqlite:///{path}", "--in-place").code == 2
+    assert path.read_bytes() == before
+    assert cli("repair", f"sqlite:///{path}").code == 2
+    assert not (tmp_path / "damaged.db.repaired").exists()
+
+
+def test_a_sqlite_file_in_place_keeps_the_damaged_one(
+    filled: Path, tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "damaged.db"
+    url = f"sqlite:///{path}"
+    shutil.copy(filled / "a.db", path)
+    # Held open: the newest transaction is beside the file.
+    connection = sqlite3.connect(path)
+    connection.executescript("PRAGMA journal_mode=WAL; UPDATE trials SET number=0 WHERE number=1")
+    assert cli("repair", url, "--in-place").code == 0
+    connection.close()
+    assert _contents(url) == _contents(f"sqlite:///{filled}/a.db")
+    kept = sqlite3.connect(f"{path}.damaged")
+    assert kept.execute("SELECT count(*) FROM trials WHERE number = 1").fetchone() == (0,)
+    kept.close()
+    again = cli("repair", url, "--in-place")
+    assert again.code == 2
+    assert "exists already" in again.err
 
 
 def test_in_place_keeps_the_damaged_one(filled: Path, tmp_path: Path, cli: Cli) -> None:
     path = tmp_path / "j"
-    damage, _ = JOURNAL_DAMAGES["a newline is another byte"]
-    lines = (filled / "a.journal").read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(damage(lines)))
+    damage_journal("a newline is another byte", filled / "a.journal", path)
     damaged = path.read_bytes()
     assert cli("repair", str(path), "--in-place").code == 0
     assert (tmp_path / "j.damaged").read_bytes() == damaged
     assert cli("check", str(path)).code == 0
-    assert _trials(str(path)) == _trials(str(filled / "a.journal"))
+    assert _contents(str(path)) == _contents(str(filled / "a.journal"))
 
 
 @pytest.mark.servers
@@ -114,7 +215,7 @@ def test_tables_on_a_server_in_place(kind: str, tmp_path: Path, cli: Cli) -> Non
     url = stores.new_url(kind, tmp_path)
     storage: Any = trialstore.get_storage(url)
     stores.fill(storage)
-    before = _trials(url)
+    before = _contents(url)
     with storage.log.engine.begin() as connection:
         for statement in (
             "UPDATE trial_user_attributes SET value_json = '[1' WHERE key_column = 'note'",
@@ -125,6 +226,7 @@ def test_tables_on_a_server_in_place(kind: str, tmp_path: Path, cli: Cli) -> Non
             connection.execute(sa.text(statement.replace("key_column", key)))
     assert cli("repair", url).code == 2
     assert cli("check", url).code == 1
-    assert cli("repair", url, "--in-place").code == 0
+    told = cli.json("repair", url, "--in-place", code=1)
+    assert len(told["given_up"]) == 2 and len(told["done"]) == 1
     assert cli("check", url, "--deep").code == 0
-    assert _trials(url).keys() == before.keys()
+    assert _differences(before, _contents(url)) == {"user_attrs", "params"}

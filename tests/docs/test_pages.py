@@ -1,4 +1,5 @@
-"""The pages are followed literally, in a fresh folder; the command line's page is complete."""
+"""The pages are followed literally, in a fresh folder; the command line's page is complete; the
+demonstration demonstrates."""
 
 from __future__ import annotations
 
@@ -15,15 +16,19 @@ from trialstore.cli.app import app
 
 pytest.importorskip("pyarrow")
 
-_DOCS = Path(__file__).parent.parent.parent / "docs"
+_ROOT = Path(__file__).parent.parent.parent
+_DOCS = _ROOT / "docs"
 _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["quickstart", "migration"])
-def test_a_page_followed_literally(page: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("page", "n_steps_min"),
+    [("README.md", 1), ("docs/quickstart.md", 9), ("docs/migration.md", 4)],
+)
+def test_a_page_followed_literally(page: str, n_steps_min: int, tmp_path: Path) -> None:
     """One Python session for all blocks, and the commands in between as they stand."""
     steps = []
-    for language, text in _BLOCK.findall((_DOCS / f"{page}.md").read_text()):
+    for language, text in _BLOCK.findall((_ROOT / page).read_text()):
         if language == "python":
             steps.append(text)
             continue
@@ -33,7 +38,7 @@ def test_a_page_followed_literally(page: str, tmp_path: Path) -> None:
                 continue
             assert command.startswith("trialstore "), line
             steps.append(f"_run({command!r})\n")
-    assert len(steps) >= 3
+    assert len(steps) >= n_steps_min
     script = tmp_path / "page.py"
     script.write_text(
         "import shlex, subprocess, sys\n"
@@ -59,3 +64,14 @@ def test_every_command_is_on_its_page() -> None:
         assert command.help, name
         for parameter in command.params:
             assert parameter.name == "help" or getattr(parameter, "help", None), (name, parameter)
+
+
+def test_the_demonstration_kills_a_worker_and_loses_nothing() -> None:
+    recipe = (_ROOT / "Makefile").read_text().partition("\ndemo: ")[2].partition("\n\n")[0]
+    assert recipe.endswith("python examples/demo.py")
+    command = [sys.executable, str(_ROOT / "examples" / "demo.py"), "--trials", "15"]
+    ran = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "SIGKILL for worker-1" in ran.stdout
+    assert ", 0 of them are lost" in ran.stdout
+    assert "plain Optuna reads the same trials" in ran.stdout

@@ -91,7 +91,7 @@ def test_each_message_of_a_conditional_exchange_is_lost_once(
         at += 1
         trial_id = one.create_trial(study_id)
         if way == "stepwise":
-            one.log._dialect.one_message = False
+            one.log.connection.dialect.one_message = False
         happened = cut(one, at, applied=applied)
         outcomes = one.reap(study_id, trial_id, **_named(trial_id, way == "two messages"))
         assert [x.verdict for x in outcomes] == [Verdict.ACCEPTED] * 2

@@ -22,7 +22,7 @@ from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, Wanted
 from trialstore.logs.relational import TablesLog
-from trialstore.logs.relational.dialects import Rows, Session, Step
+from trialstore.logs.relational.session import Rows, Session, Step
 from trialstore.rdb import RDBStorage
 
 DRIVERS = [
@@ -44,14 +44,19 @@ class SteppingClock(Clock):
         self.time_s += duration_s
 
 
-def cut(model: Model, at: int, *, applied: bool) -> Callable[[], bool]:
+def cut(
+    model: Model, at: int, *, applied: bool, error: BaseException | None = None
+) -> Callable[[], bool]:
     """Break the connection at the ``at``-th message from now, before or after it is applied.
+
+    Args:
+        error: Raised instead, with the connection as it is.
 
     Returns:
         Whether it has happened.
     """
     log = model.log
-    session = log._connected()
+    session = log.connection.session()
     count = [0]
     real = type(session).run
 
@@ -61,6 +66,8 @@ def cut(model: Model, at: int, *, applied: bool) -> Callable[[], bool]:
             return real(self, steps)
         if applied:
             real(self, steps)
+        if error is not None:
+            raise error
         self.raw.close()
         raise ConnectionResetError("cut by the test")
 
@@ -108,7 +115,7 @@ def test_a_transaction_given_up_for_lost_and_run_later_is_turned_away(
     url = new_database(kind, tmp_path)
     one = Model(url)
     study_id = one.study()
-    session = one.log._connected()
+    session = one.log.connection.session()
     late: list[Sequence[Step]] = []
     real = type(session).run
 
@@ -120,9 +127,32 @@ def test_a_transaction_given_up_for_lost_and_run_later_is_turned_away(
     session.run = run.__get__(session)  # type: ignore[method-assign]
     one.trial(study_id)
     with pytest.raises(Exception):  # noqa: B017 - the driver's own
-        real(one.log._connected(), late[0])
-    one.log._rollback()
+        real(one.log.connection.session(), late[0])
+    one.log.connection.rollback()
     assert [x.number for x in one.read(study_id)] == [0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("applied", [True, False])
+def test_what_follows_an_interrupt_is_not_taken_for_it(
+    kind: str, applied: bool, tmp_path: Path
+) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    first, *others = [one.trial(study_id) for _ in range(9)]
+    for at, trial_id in enumerate(others, 1):
+        happened = cut(one, at, applied=applied, error=KeyboardInterrupt())
+        with contextlib.suppress(KeyboardInterrupt):
+            one.do(param(first, "x"))
+        if not happened():
+            break
+        assert verdicts(one.do(tell(trial_id, 1.0))) == ["ACCEPTED"]
+    else:
+        pytest.fail("there are not so many messages in an exchange")
+    told = [x.trial_id for x in Model(url).read(study_id) if x.state == r.COMPLETE]
+    assert told == others[: at - 1]
+    assert told
 
 
 @pytest.mark.parametrize("kind", DRIVERS)
@@ -131,8 +161,8 @@ def test_without_the_mark_nothing_is_tried_again_blindly(kind: str, tmp_path: Pa
     one = Model(url)
     study_id = one.study()
     for at in (1, 2, 3, 4):
-        one.log._connected()
-        one.log._has_mark = False
+        one.log.connection.session()
+        one.log.connection.has_mark = False
         happened = cut(one, at, applied=True)
         new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
         try:
@@ -271,13 +301,13 @@ def test_sixteen_processes_on_one_study(kind: str, tmp_path: Path) -> None:
 def test_two_durable_commits_a_trial_on_sqlite(tmp_path: Path) -> None:
     one = Model(new_database("sqlite", tmp_path))
     study_id = one.study()
-    before = one.log.durable_commits
+    before = one.log.connection.durable_commits
     trial_id = one.trial(study_id)
     one.do(param(trial_id, "x"))
     one.do(trials={trial_id})
     one.do(tell(trial_id, 1.0))
-    assert one.log.durable_commits - before == 2
-    raw = one.log._connected().raw
+    assert one.log.connection.durable_commits - before == 2
+    raw = one.log.connection.session().raw
     assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
@@ -290,7 +320,7 @@ def test_an_existing_file_keeps_its_journal_mode(tmp_path: Path) -> None:
     raw.commit()
     raw.close()
     log = TablesLog(f"sqlite:///{path}")
-    assert log._connected().raw.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert log.connection.session().raw.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -366,7 +396,7 @@ def test_a_deadlock_or_a_serialization_failure_is_tried_again(
     one = Model(new_database(kind, tmp_path), clock=SteppingClock())
     study_id = one.study()
     running = one.trial(study_id)
-    cursor = one.log._connected().raw.cursor()
+    cursor = one.log.connection.session().raw.cursor()
     cursor.execute(_FAIL_TWICE[kind].format(code=code))
     while kind == "pymysql" and cursor.nextset():
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+import time
 from typing import Any
 
 import optuna
@@ -19,6 +20,8 @@ from trialstore.testing.suites.base import wait_until
 _N_WORKERS = 3
 _N_KILLS = 5
 _TRIALS_BETWEEN = 8
+_DOWN_S = 3.0
+"""Long enough for every worker to fail at reaching the server, several times over."""
 
 
 def _work(url: str, stop: Any, events: Any) -> None:
@@ -69,6 +72,8 @@ def test_a_server_killed_five_times(kind: str, tmp_path: Path) -> None:
             n = len(acknowledged()) + _TRIALS_BETWEEN
             wait_until(lambda n=n: len(acknowledged()) >= n, f"{n} trials; told {told[-5:]}")  # type: ignore[misc]
             server.kill()
+            up_at = time.monotonic() + _DOWN_S
+            wait_until(lambda up_at=up_at: time.monotonic() >= up_at, "the end of the outage")  # type: ignore[misc]
             server.start()
         n = len(acknowledged()) + _TRIALS_BETWEEN
         wait_until(lambda: len(acknowledged()) >= n, f"{n} trials; told {told[-5:]}")

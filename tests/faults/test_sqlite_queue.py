@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import signal
 import sqlite3
 import threading
 from typing import Any
+import warnings
 
 import pytest
 from tests.unit.test_relational_basics import Model
@@ -64,7 +66,7 @@ def test_the_next_one_is_let_in_when_a_call_ends_well_or_badly(tmp_path: Path) -
     path = Path(one.log.engine.url.database or "")
     for model in (one, two):
         model.trial(study_id)
-        raw = model.log._connected().raw
+        raw = model.log.connection.session().raw
         raw.execute("CREATE TEMP TRIGGER fails BEFORE INSERT ON trials "
                     "BEGIN SELECT RAISE(ABORT, 'by the test'); END")  # fmt: skip
         with pytest.raises(Exception, match="by the test"):
@@ -117,3 +119,26 @@ def test_no_queue_in_memory() -> None:
     one = Model("sqlite://")
     one.trial(one.study())
     assert not list(Path().glob("*.queue"))
+
+
+def test_a_storage_that_nobody_closes_is_no_matter(tmp_path: Path) -> None:
+    """Optuna's can't be closed at all, so its users don't."""
+    url = new_database("sqlite", tmp_path)
+    path = tmp_path / "elsewhere"
+    others = set(threading.enumerate())
+    gc.collect()  # what other tests left is warned of here
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        Model(url).study()
+        # One that has waited long enough leaves the file to a thread that still waits.
+        first, late = WriteQueue(path, _DEADLINE_S), WriteQueue(path, 0.01)
+        first.enter()
+        late.enter()
+        assert first.is_first and not late.is_first
+        started = set(threading.enumerate()) - others
+        (waiter,) = (one for one in started if one.name == "trialstore-queue")
+        first.close()
+        waiter.join(_DEADLINE_S)
+        del first, late, waiter
+        gc.collect()
+    assert [str(one.message) for one in warned if str(tmp_path) in str(one.message)] == []

@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import optuna
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 import pytest
 
 from grpc_servers import open_grpc, serve, served_url
@@ -94,6 +96,25 @@ def test_our_client_and_a_stock_one_work_on_a_stock_server() -> None:
         assert [trial.number for trial in study.trials] == list(range(15))
         assert all(trial.state.is_finished() for trial in study.trials)
         assert [len(trial.params) for trial in study.trials] == [3] * 5 + [1] * 5 + [3] * 5
+
+
+def test_what_a_stock_server_refuses_is_not_taken_for_a_repetition() -> None:
+    """Where no answer was lost, a refusal says that somebody else has done it."""
+    port = serve("optuna+memory://", stock=True)
+    with (
+        contextlib.closing(open_grpc(port, linger_s=0.0)) as one,
+        contextlib.closing(open_grpc(port, linger_s=0.0)) as other,
+    ):
+        study_id = one.create_new_study([StudyDirection.MINIMIZE], "no-name-of-mine")
+        with pytest.raises(optuna.exceptions.DuplicatedStudyError):
+            other.create_new_study([StudyDirection.MINIMIZE], "no-name-of-mine")
+        trial_id = one.create_new_trial(study_id)
+        other.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+            one.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        other.delete_study(study_id)
+        with pytest.raises(KeyError):
+            one.delete_study(study_id)
 
 
 _FORKING = """

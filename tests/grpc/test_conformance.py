@@ -84,7 +84,7 @@ if StorageTestCase is not None:
     class TestOptunaSuiteOfStockClient(StorageTestCase):
         """Optuna's client on our server."""
 
-        @pytest.fixture(params=["journal", "sqlite"])
+        @pytest.fixture(params=["journal", "sqlite", pytest.param("psycopg", marks=_servers)])
         def storage(
             self, request: pytest.FixtureRequest, tmp_path: Path
         ) -> Iterator[optuna.storages.BaseStorage]:

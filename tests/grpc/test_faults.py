@@ -23,19 +23,22 @@ import trialstore
 from trialstore import records as r
 from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
-from trialstore.logs.grpc import payload, sharing
-from trialstore.logs.grpc.client import GrpcLog
-from trialstore.logs.grpc.sharing import (
-    JudgedShare,
-    Request,
-    SequentialShare,
-    ShareLog,
-    share_of,
+from trialstore.logs.grpc import (
+    judged as judged_share,
+    payload,
+    sequential as sequential_share,
+    settle,
 )
+from trialstore.logs.grpc.client import GrpcLog
+from trialstore.logs.grpc.judged import JudgedShare
+from trialstore.logs.grpc.sequential import SequentialShare
+from trialstore.logs.grpc.share import Request
+from trialstore.logs.grpc.sharing import ShareLog, share_of
 from trialstore.logs.relational import reading
 from trialstore.logs.relational.log import TablesLog
 from trialstore.records import Verdict
 from trialstore.storage import Storage
+from trialstore.testing.clock import ManualClock
 from trialstore.testing.contents import study_contents
 from trialstore.testing.counting import CountingLog
 from trialstore.testing.proxy import CountingProxy
@@ -135,6 +138,37 @@ def test_without_a_server_nothing_was_stored_and_the_error_says_so() -> None:
     storage = open_grpc(free_port(), retry_deadline_s=0.3)
     with pytest.raises(LogUnavailableError, match="nothing was stored"):
         storage.create_new_study([StudyDirection.MINIMIZE], "s")
+
+
+class _Pauses(ManualClock):
+    """Time that passes in pauses only, which are written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses_s: list[float] = []
+
+    def sleep(self, duration_s: float) -> None:
+        self.pauses_s.append(duration_s)
+        self.advance(duration_s)
+
+
+def test_clients_whose_server_is_gone_come_back_seldom_and_not_all_at_once() -> None:
+    port = free_port()
+    waits = []
+    for _ in range(20):
+        clock = _Pauses()
+        log = GrpcLog("localhost", port, retry_deadline_s=30.0, clock=clock)
+        with contextlib.closing(log), pytest.raises(LogUnavailableError):
+            log.exchange([], START, NOTHING)
+        waits.append(clock.pauses_s)
+    # Each waits longer and longer, two seconds on average in the end.
+    assert all(len(pauses) < 40 for pauses in waits)
+    assert all(1.0 <= pauses[-1] <= 3.0 for pauses in waits)
+    # Those who lost their server together are apart from the first attempt on, and more and more.
+    for attempt in range(10):
+        moments = sorted(sum(pauses[: attempt + 1]) for pauses in waits)
+        assert len(set(moments)) == len(moments)
+        assert moments[-1] - moments[0] > 0.02 * 1.5**attempt
 
 
 def test_a_write_that_is_given_up_is_applied_once_when_it_is_sent_again(tmp_path: Path) -> None:
@@ -447,9 +481,10 @@ def test_what_clients_write_counts_for_the_next_snapshot() -> None:
 def test_what_a_server_remembers_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "_TAIL_BYTES_MAX", 2_000)
-    monkeypatch.setattr(sharing, "_REMEMBERED_MAX", 10)
-    monkeypatch.setattr(sharing, "_OPENINGS_BYTES_MAX", 1_000)
+    monkeypatch.setattr(sequential_share, "_TAIL_BYTES_MAX", 2_000)
+    monkeypatch.setattr(sequential_share, "_CLIENTS_MAX", 10)
+    monkeypatch.setattr(settle, "_REMEMBERED_MAX", 10)
+    monkeypatch.setattr(judged_share, "_OPENINGS_BYTES_MAX", 1_000)
     positions = PositionLog()
     sequential: Any = share_of(positions, START, lambda: positions, n_copies_max=1)
     tables = TablesLog(f"sqlite:///{tmp_path}/a.db")

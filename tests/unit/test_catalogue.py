@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import contextlib
+import datetime
 from pathlib import Path
 from typing import Any
 
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 import pytest
 import sqlalchemy as sa
 
@@ -51,7 +52,7 @@ def _filled(
 def _cold(open_storage: OpenStorage) -> Any:
     """A new storage, and what it sends from now on: the number of statements of each message."""
     with contextlib.closing(open_storage()) as storage:
-        session = storage._exchanger.log._connected()
+        session = storage._exchanger.log.connection.session()
         real, sent = session.run, []
 
         def run(steps: Sequence[Any]) -> Any:
@@ -64,8 +65,9 @@ def _cold(open_storage: OpenStorage) -> Any:
 
 def _sent_few(storage: Any, sent: list[int]) -> bool:
     """On SQLite a message is a statement or two, and costs no round trip."""
-    messages_max = 4 if storage._exchanger.log._dialect.one_message else 8
-    return len(sent) <= messages_max and sum(sent) <= 8
+    one_message = storage._exchanger.log.connection.dialect.one_message
+    messages_max, statements_max = (4, 8) if one_message else (8, 10)
+    return len(sent) <= messages_max and sum(sent) <= statements_max
 
 
 def _n_held(storage: Any) -> int:
@@ -160,6 +162,34 @@ def test_summaries_take_few_messages_for_any_number_of_studies(
         assert [one.best_trial.value for one in summaries] == [1.0, 1.0, *range(2, 20)]
         assert {one.n_trials for one in summaries} == {4}
         assert _n_held(storage) == 20
+    with _cold(open_storage) as (storage, sent):
+        summary = storage.get_study_summary("study 7")
+        assert _sent_few(storage, sent)
+        assert vars(summary) == vars(summaries[7])
+        assert _n_held(storage) == 1
+        with pytest.raises(KeyError, match="another"):
+            storage.get_study_summary("another")
+
+
+def test_the_latest_study_is_found_without_its_trials(open_storage: OpenStorage) -> None:
+    with contextlib.closing(open_storage()) as writer:
+        assert writer.get_latest_study_name() is None
+        names = [f"study {i}" for i in range(3)]
+        ids = [writer.create_new_study([MINIMIZE], name) for name in names]
+        assert writer.get_latest_study_name() == names[0], "none has trials"
+        for study_id, day in ((ids[1], 3), (ids[0], 2), (ids[2], 1)):
+            for end in (day, 1):
+                writer.create_new_trial(study_id, _ended(datetime.datetime(2026, 1, end)))
+            writer.create_new_trial(study_id)
+    with _cold(open_storage) as (storage, sent):
+        assert storage.get_latest_study_name() == names[1]
+        assert _sent_few(storage, sent) and _n_held(storage) == 0
+
+
+def _ended(at: datetime.datetime) -> FrozenTrial:
+    trial = create_trial(value=1.0)
+    trial.datetime_start = trial.datetime_complete = at
+    return trial
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,10 @@ from trialstore.errors import (
     LogReplacedError,
     LogUnavailableError,
 )
-from trialstore.log import NOTHING, START, Marks
+from trialstore.log import NOTHING, START, Marks, Wanted
 from trialstore.logs import head as heads
 from trialstore.logs.file import FileLog, system
+from trialstore.logs.grpc.client import GrpcLog
 from trialstore.records import Outcome, Verdict
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import ManualClock
@@ -430,6 +431,13 @@ class _Forgetful:
             self.compact()
         return self.log.exchange(records, cursor, wanted)
 
+    def exchange_if(self, decide: Any, cursor: Any, wanted: Any) -> Any:
+        if self.is_armed:
+            self.is_armed = False
+            self.log.exchange_if(decide, cursor, wanted)
+            self.compact()
+        return self.log.exchange_if(decide, cursor, wanted)
+
     def load_base(self) -> Any:
         return self.log.load_base()
 
@@ -437,10 +445,12 @@ class _Forgetful:
         return getattr(self.log, name)
 
 
-def _answers_are_lost(journal_: _Journal, change: Callable[[Any], object]) -> None:
+def _answers_are_lost(
+    journal_: _Journal, change: Callable[[Any], object], opened: Any = None
+) -> None:
     storage = journal_.open()
     optuna.create_study(storage=storage, study_name="s").optimize(_objective, n_trials=3)
-    log = _Forgetful(journal_.open_log(), lambda: change(journal_.open_log()))
+    log = _Forgetful(opened or journal_.open_log(), lambda: change(journal_.open_log()))
     storage = trialstore.storage.Storage(log)
     storage.get_all_trials(0)
     log.is_armed = True
@@ -448,7 +458,13 @@ def _answers_are_lost(journal_: _Journal, change: Callable[[Any], object]) -> No
     assert trial_id == 3
     log.is_armed = True
     assert storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
-    assert [trial.number for trial in journal_.open().get_all_trials(0)] == [0, 1, 2, 3]
+    log.is_armed = True
+    created = storage.write_if(
+        lambda replica: [r.CreateTrial(study_id=0, datetime_start=None, **storage.marks())],
+        Wanted(trials_of=frozenset((0,))),
+    )
+    assert created == [Outcome(Verdict.ACCEPTED, 4)]
+    assert [trial.number for trial in journal_.open().get_all_trials(0)] == list(range(5))
     assert storage.get_trial(trial_id).values == [1.0]
 
 
@@ -496,6 +512,40 @@ def test_clients_of_a_server_go_on(tmp_path: Path) -> None:
         assert clients[0].set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
         assert storage_contents(clients[1]) == storage_contents(here)
     assert [trial.number for trial in here.get_all_trials(0)] == list(range(8))
+
+
+@pytest.fixture
+def behind_server(tmp_path: Path) -> tuple[_Journal, int]:
+    """A journal that can be trimmed, and the port of a server over it."""
+    url, prefix = shared_redis().url, new_prefix()
+    return _redis(url, False, prefix), serve(f"{url}?prefix={prefix}")
+
+
+@pytest.mark.servers
+def test_clients_of_a_server_go_on_after_a_trim(behind_server: tuple[_Journal, int]) -> None:
+    journal_, port = behind_server
+    ahead, lagging, idle = (open_grpc(port) for _ in range(3))
+    _fill(ahead)
+    idle.get_all_trials(0)
+    for _ in range(2):
+        optuna.load_study(study_name="kept", storage=journal_.open()).optimize(
+            _objective, n_trials=3
+        )
+        journal.trim(journal_.open_log())
+        before = storage_contents(journal_.open())
+        for client in (ahead, lagging, idle, open_grpc(port)):
+            assert storage_contents(client) == before
+        optuna.load_study(study_name="kept", storage=lagging).optimize(_objective, n_trials=3)
+    assert storage_contents(journal_.open()) == storage_contents(ahead)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("change", [journal.trim, journal.compact])
+def test_what_a_client_sent_before_a_trim_or_a_compaction_is_known_after(
+    change: Callable[[Any], object], behind_server: tuple[_Journal, int]
+) -> None:
+    journal_, port = behind_server
+    _answers_are_lost(journal_, change, GrpcLog("localhost", port))
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
@@ -18,9 +18,9 @@ import pytest
 from trialstore import exchange
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
-from trialstore.log import Batch, Cursor, Wanted
+from trialstore.log import Batch, Cursor, Decide, Wanted
 from trialstore.logs.memory import MemoryLog
-from trialstore.records import AnyOperation
+from trialstore.records import AnyOperation, CreateTrial, Outcome, Verdict
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
 from trialstore.testing.suites.base import run_threads
@@ -131,6 +131,51 @@ def test_an_exchange_of_unknown_fate_sends_the_same_records_again(
     assert storage.get_trial(trial_id).user_attrs == {"k": 1}
 
 
+class _InterruptedSaver:
+    """Ctrl-C where only a snapshot is still to be thought of."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look = look
+
+    def note(self, n_news: int) -> None:
+        pass
+
+    def save_if_due(self, take: Any) -> None:
+        self.look()
+        raise KeyboardInterrupt
+
+
+def test_what_the_log_has_taken_is_neither_shown_as_put_off_nor_sent_again(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    exchanger, put_off = storage._exchanger, []
+    exchanger._saver = cast(
+        Any, _InterruptedSaver(lambda: put_off.append(exchanger.put_off(trial_id)))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        storage.flush()
+    exchanger._saver = None
+    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    assert put_off == [[]]
+    assert [len(records) for records in tap.sent[-2:]] == [1, 1]
+
+
+def test_a_rejection_is_told_though_the_exchange_was_interrupted(
+    storage: Storage, log: MemoryLog, study_id: int
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    Storage(log, linger_s=0).set_trial_state_values(trial_id, TrialState.FAIL)
+    storage._exchanger._saver = cast(Any, _InterruptedSaver(lambda: None))
+    with pytest.raises(KeyboardInterrupt):
+        storage.flush()
+    storage._exchanger._saver = None
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.flush()
+
+
 def test_a_rejected_deferred_write_raises_once_and_only_on_its_own_trial(
     storage: Storage, log: MemoryLog, study_id: int
 ) -> None:
@@ -186,6 +231,57 @@ def test_threads_share_the_exchange_that_begins_next(
         thread.join(_DEADLINE_S)
     assert sorted(made) == list(range(9))
     assert [len(records) for records in tap.sent[1:]] == [1, 8]
+
+
+def test_a_read_shows_what_another_thread_has_on_the_wire(
+    storage: Storage, tap: _Tap, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    is_on_the_wire, go_on = threading.Event(), threading.Event()
+    flusher = threading.Thread(target=storage.flush)
+
+    def hold(records: Sequence[AnyOperation]) -> None:
+        is_on_the_wire.set()
+        assert go_on.wait(_DEADLINE_S)
+
+    run = storage._exchanger.run
+
+    def run_and_be_overtaken(*args: Any, **options: Any) -> Any:
+        outcomes = run(*args, **options)
+        monkeypatch.undo()
+        tap.before = hold
+        flusher.start()
+        assert is_on_the_wire.wait(_DEADLINE_S)
+        return outcomes
+
+    monkeypatch.setattr(storage._exchanger, "run", run_and_be_overtaken)
+    assert storage.get_trial(trial_id).user_attrs == {"k": 1}
+    assert not storage._exchanger._outbox
+    go_on.set()
+    flusher.join(_DEADLINE_S)
+    assert [len(records) for records in tap.sent[-2:]] == [0, 1]
+
+
+class _ToldTwice(_Tap):
+    """A log that could not tell whether it had appended, and finds what it appended as news."""
+
+    def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
+        records = decide((), cursor)
+        batch = self.log.exchange(records, cursor, wanted)
+        assert not decide(batch.news, batch.cursor)
+        return Batch(None, (), batch.cursor)
+
+
+def test_what_a_lost_conditional_append_decided_is_not_decided_again(log: MemoryLog) -> None:
+    storage = Storage(_ToldTwice(log))
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE])
+    outcomes = storage.write_if(
+        lambda replica: [CreateTrial(study_id=study_id, datetime_start=None, **storage.marks())],
+        Wanted(trials_of=frozenset((study_id,))),
+    )
+    assert outcomes == [Outcome(Verdict.ACCEPTED, 0)]
+    assert len(Storage(log).get_all_trials(study_id)) == 1
 
 
 def test_a_failure_reaches_every_thread_that_took_part(
@@ -294,6 +390,26 @@ def test_a_record_that_the_log_can_t_keep_does_not_keep_others_out(
     assert storage.get_trial(first).user_attrs == {"good": 1}
 
 
+def test_a_trial_is_not_told_without_what_the_log_can_t_keep(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    def refuse_bad(records: Sequence[AnyOperation]) -> None:
+        if any("bad" in getattr(record, "user_attr", {}) for record in records):
+            raise ValueError("bad does not fit")
+
+    tap.before = refuse_bad
+    trial_id = _started_trial(storage, study_id)
+    storage.set_trial_user_attr(trial_id, "good", 1)
+    storage.set_trial_user_attr(trial_id, "bad", 1)
+    assert storage.get_trial(trial_id).user_attrs == {"good": 1, "bad": 1}
+    with pytest.raises(UpdateFinishedTrialError, match="bad does not fit"):
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    trial = storage.get_trial(trial_id)
+    assert (trial.state, trial.user_attrs) == (TrialState.RUNNING, {"good": 1})
+    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+    assert storage.get_trial(trial_id).state == TrialState.COMPLETE
+
+
 def _stale_reader(tap: _Tap, clock: ManualClock) -> Storage:
     # Its linger ends by the same clock; no test here advances that far.
     return Storage(tap, linger_s=60.0, max_staleness_s=10.0, clock=clock)
@@ -385,6 +501,29 @@ def test_an_interrupt_at_any_moment_leaves_the_lead_to_others(
     assert moment > 20
 
 
+def _until_the_linger_ends(storage: Storage, clock: ManualClock) -> None:
+    while storage._exchanger._linger_thread is not None:
+        clock.advance(1.0)
+
+
+def test_one_thread_lingers_for_trials_in_a_row_and_ends(storage: Storage, log: MemoryLog) -> None:
+    clock = ManualClock()
+    storage = Storage(log, linger_s=1.0, clock=clock)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    threads = set()
+    for number in range(3):
+        trial_id = _started_trial(storage, study_id)
+        storage.set_trial_user_attr(trial_id, "k", number)
+        threads.add(storage._exchanger._linger_thread)
+        clock.until_waiting()
+        clock.advance(1.0)
+        while storage._exchanger.has_deferred():
+            pass
+        clock.until_waiting()
+    assert len(threads) == 1
+    _until_the_linger_ends(storage, clock)
+
+
 def test_what_a_failed_lead_gives_back_lingers_again(log: MemoryLog, tap: _Tap) -> None:
     """The linger thread may have ended while the outbox was on the wire."""
     clock = ManualClock()
@@ -396,15 +535,13 @@ def test_what_a_failed_lead_gives_back_lingers_again(log: MemoryLog, tap: _Tap) 
 
     def fail(records: Sequence[AnyOperation]) -> None:
         tap.before = lambda records: None
-        clock.advance(1.0)  # the thread finds nothing, since all is on the wire, and ends
-        while exchanger._linger_thread is not None:
-            pass
+        _until_the_linger_ends(storage, clock)  # it finds nothing, since all is on the wire
         raise LogUnavailableError("away")
 
     tap.before = fail
     clock.until_waiting()
     with pytest.raises(LogUnavailableError):
-        storage.get_trial(trial_id)
+        storage.get_all_trials(study_id)
     clock.advance(60.0)
     while exchanger.has_deferred():
         pass

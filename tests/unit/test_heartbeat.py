@@ -195,11 +195,11 @@ def test_a_shorter_interval_counts_at_once(path: Path) -> None:
 def test_a_trial_that_is_being_created_during_close_is_covered(path: Path) -> None:
     storage = _open(path)
     storage.create_new_trial(0)
-    with storage._heartbeat.covering():
+    with storage._beats().covering():
         storage.close()
-        assert _n_leases(path) == 1 and storage._heartbeat.is_beating
+        assert _n_leases(path) == 1 and storage._beats().is_beating
     storage.close()
-    assert _n_leases(path) == 0 and not storage._heartbeat.is_beating
+    assert _n_leases(path) == 0 and not storage._beats().is_beating
 
 
 @pytest.mark.parametrize("interval_s", [60, None])

@@ -198,5 +198,8 @@ def test_what_is_missing_is_named_and_the_next_call_tries_again(
     with pytest.raises(RuntimeError, match="no environment file"):
         get_optuna_db(secrets_folder=secrets, env_file=secrets / "none.env")
     database = get_optuna_db(secrets_folder=secrets)
-    assert database is get_optuna_db()
+    assert database is get_optuna_db() is get_optuna_db(secrets_folder=str(secrets))
+    for other in ({"driver": "mysql+pymysql"}, {"heartbeat_interval": 60}):
+        with pytest.raises(ValueError, match=f"another {next(iter(other))}"):
+            get_optuna_db(**other)
     database.storage.close()

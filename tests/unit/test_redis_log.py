@@ -292,6 +292,26 @@ def test_one_that_lags_far_behind_appends_once(where: _Where) -> None:
     assert [record.seq for record in batch.news] == [*range(3000), 1, 2]  # type: ignore[union-attr]
 
 
+def test_a_batch_longer_than_a_script_may_pass_on_at_once(where: _Where) -> None:
+    log = where.open()
+    cursor = log.exchange([_study("a", 0)], START, NOTHING).cursor
+    batch = log.exchange([_study("b", seq) for seq in range(1, 5001)], cursor, NOTHING)
+    assert [record.seq for record in batch.news] == list(range(1, 5001))  # type: ignore[union-attr]
+    assert where.last() == 5000
+    assert [record.seq for record in where.open().exchange([], START, NOTHING).news] == [  # type: ignore[union-attr]
+        *range(5001)
+    ]
+
+
+def test_a_record_with_a_newline_is_read_like_any_other(standalone: _Where) -> None:
+    log = standalone.open()
+    log.exchange([_study(f"s{n}", n) for n in range(3)], START, NOTHING)
+    fields = {"op_code": 0, "worker_id": "other", "study_name": "x", "directions": [1]}
+    standalone.client.set(standalone.key(1), json.dumps(fields, indent=1))
+    names = [record.study_name for record in standalone.open().exchange([], START, NOTHING).news]  # type: ignore[union-attr]
+    assert names == ["s0", "x", "s2"]
+
+
 # --- holes and missing keys ----------------------------------------------------------------------
 
 
@@ -463,7 +483,7 @@ def test_a_journal_that_became_another_one_is_not_written_to(where: _Where) -> N
     assert where.last() == 1
 
 
-@pytest.mark.parametrize("damage", [b"{", b"[1]", b"\xff\xfe", b'{"op_code":77}', None])
+@pytest.mark.parametrize("damage", [b"{", b"{\n", b"[1]", b"\xff\xfe", b'{"op_code":77}', None])
 def test_a_damaged_record_is_corruption_with_its_number(
     standalone: _Where, damage: bytes | None
 ) -> None:

@@ -90,6 +90,18 @@ def test_a_snapshot_plus_the_later_records_is_the_full_replay(records: list[Reco
         assert _contents(restored) == _contents(_replayed(records))
 
 
+def test_what_is_still_does_not_follow_later_records(records: list[Record]) -> None:
+    for position in range(0, len(records) + 1, 3):
+        replica = _replayed(records[:position])
+        still = replica.still()
+        for record in records[position:]:
+            replica.apply(record)
+        for study_id in replica.study_ids():
+            replica.trials(study_id, None)
+        expected = snapshot.dump(_replayed(records[:position]), None, position)
+        assert snapshot.dump_still(still, None, position) == expected
+
+
 def test_a_value_outside_of_its_distribution_is_kept() -> None:
     """Others may have stored it; a snapshot is saved all the same."""
     log = FloatDistribution(0.1, 9, log=True)

@@ -190,7 +190,28 @@ def test_a_snapshot_is_saved_once_replaying_has_become_long(
         assert saver is not None
         saver.join()
         assert len(journal.records) <= 21
+    assert journal.n_read == len(journal.records)  # by the storage, once
     journal.n_read = 0
     reader = Storage(journal, linger_s=0)
     assert reader.get_all_trials(study_id) == storage.get_all_trials(study_id)
     assert journal.n_read < 20
+
+
+def test_who_holds_not_all_studies_saves_all(
+    journal: _Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = _fill(journal)
+    _save(journal, writer)
+    monkeypatch.setattr(snapshot, "_RECORDS_MIN", 1)
+    monkeypatch.setattr(snapshot, "_GROWTH_MIN", 0.0)
+    partial = Storage(journal, linger_s=0)
+    before = journal.snapshot
+    trial_id = partial.create_new_trial(1)
+    saver = partial._exchanger._saver
+    assert saver is not None
+    saver.join()
+    assert not partial._exchanger.replica.is_complete
+    assert journal.snapshot != before
+    reader = Storage(journal, linger_s=0)
+    assert reader.get_trial(trial_id) == partial.get_trial(trial_id)
+    assert reader.get_all_trials(3) == writer.get_all_trials(3)

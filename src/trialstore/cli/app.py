@@ -21,8 +21,8 @@ from trialstore.cli import (
 )
 
 _EPILOG = (
-    "Exit codes: 0 done, 1 something was found (check, stale, copy --verify), 2 wrong usage, "
-    "3 the store is not there or can't be reached, 4 it is damaged or of another version, "
+    "Exit codes: 0 done, 1 something was found (check, repair, stale, copy --verify), 2 wrong "
+    "usage, 3 the store is not there or can't be reached, 4 it is damaged or of another version, "
     "130 interrupted."
 )
 

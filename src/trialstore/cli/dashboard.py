@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from trialstore.cli.output import Exit, Url, command, stderr
+from trialstore.cli.output import Exit, Port, Url, command, stderr
 from trialstore.cli.stores import existing_storage
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
-Port = Annotated[int, typer.Option("--port", help="Port to listen on.")]
 
 
 @command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from trialstore.cli.output import Exit, Json, Url, command, print_json, print_table, stdout
@@ -18,8 +19,12 @@ def info(url: Url, as_json: Json = False) -> Exit | None:
         print_json(description)
         return None
     for name, value in description.items():
-        if name != "studies" and value is not None:
-            stdout.print(f"{name.replace('_', ' ')}: {value}", markup=False)
+        if name == "studies" or value is None:
+            continue
+        if isinstance(value, dict):
+            parts = (f"{key.replace('_', ' ')} {part}" for key, part in value.items())
+            value = ", ".join(parts)
+        stdout.print(f"{name.replace('_', ' ')}: {value}", markup=False)
     _print_studies(description["studies"])
     return None
 
@@ -33,7 +38,7 @@ def _print_studies(studies: list[dict[str, Any]]) -> None:
                 study["name"],
                 ", ".join(study["directions"]).lower(),
                 str(study["n_trials"]),
-                ", ".join(f"{n} {state}" for state, n in study["states"].items()),
+                ", ".join(_states(study)),
                 "" if study["best_value"] is None else str(study["best_value"]),
                 _seconds(study["first_start_at"]),
                 _seconds(study["last_complete_at"]),
@@ -41,6 +46,12 @@ def _print_studies(studies: list[dict[str, Any]]) -> None:
             for study in studies
         ),
     )
+
+
+def _states(study: dict[str, Any]) -> Iterator[str]:
+    for state, n in study["states"].items():
+        beating = f" ({study['n_with_heartbeats']} with heartbeats)"
+        yield f"{n} {state}" + (beating if state == "RUNNING" else "")
 
 
 def _seconds(time: str | None) -> str:

@@ -39,6 +39,7 @@ class Exit(enum.IntEnum):
 
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="The store.", show_default=False)]
+Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Study = Annotated[str | None, typer.Option("--study", metavar="NAME", help="This study only.")]
 
@@ -60,6 +61,7 @@ _EXITS: tuple[tuple[type[BaseException], Exit], ...] = (
     (ValueError, Exit.USAGE),
     (OSError, Exit.UNAVAILABLE),
     (KeyboardInterrupt, Exit.INTERRUPTED),
+    (typer.Abort, Exit.INTERRUPTED),
 )
 
 
@@ -85,8 +87,12 @@ def command(run: Callable[_P, Exit | None]) -> Callable[_P, None]:
 
 
 def _explain(error: BaseException, as_json: bool) -> None:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, KeyboardInterrupt):
+    text = str(error)
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])
+    elif isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}."
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
         text = "Interrupted."
     if as_json:
         print_json({"error": text, "type": type(error).__name__})
@@ -118,10 +124,10 @@ def progress(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Aligned columns; nothing is cut off where the output is no terminal."""
+    """Aligned columns; what is too wide for the terminal is folded, so nothing is cut off."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     stdout.print(table)

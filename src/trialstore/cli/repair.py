@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-import shutil
 import sqlite3
 from typing import Annotated
 
 import msgspec
+import sqlalchemy as sa
 import typer
 
 from trialstore.cli.output import Exit, Json, Url, command, fail, print_json, stdout
 from trialstore.cli.stores import existing_log
+from trialstore.errors import LogCorruptError
 from trialstore.log import Entries
 from trialstore.logs.file import FileLog
-from trialstore.logs.relational.log import TablesLog, sqlite_path
+from trialstore.logs.relational.connection import sqlite_path
+from trialstore.logs.relational.log import TablesLog
 from trialstore.stores.check import check
-from trialstore.stores.repair import Repaired, mend_tables, repair_journal
+from trialstore.stores.repair import Repaired, repair_journal, repair_tables
 from trialstore.urls import open_log
 
 InPlace = Annotated[
@@ -73,10 +76,13 @@ def _journal(log: Entries, in_place: bool, output: Path | None) -> tuple[str, Re
             fail("A journal that is no file is repaired into one: name it with --output.")
         return str(output), repair_journal(log, output)
     path = Path(log.path)
+    damaged = path.with_name(path.name + ".damaged")
+    if in_place and damaged.exists():
+        raise FileExistsError(f"{damaged} exists already; move it away.")
     target = output or path.with_name(path.name + ".repaired")
     repaired = repair_journal(log, target)
     if in_place:
-        path.replace(path.with_name(path.name + ".damaged"))
+        path.replace(damaged)
         target.replace(path)
         target = path
     return str(target), repaired
@@ -84,20 +90,31 @@ def _journal(log: Entries, in_place: bool, output: Path | None) -> tuple[str, Re
 
 def _tables(url: str, log: TablesLog, in_place: bool, output: Path | None) -> tuple[str, Repaired]:
     path = sqlite_path(url)
-    if in_place:
-        if path is not None:
-            shutil.copy2(path, path + ".damaged")
-        return url, Repaired(mend_tables(log.engine), [])
     if path is None:
-        fail("Tables on a server are repaired --in-place; make a backup first.")
-    target = output or Path(path + ".repaired")
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; name another file with --output.")
-    with sqlite3.connect(path) as source, sqlite3.connect(target) as copy:
-        source.backup(copy)
-    copy.close()
-    copy_url = f"sqlite:///{target}"
-    mended = TablesLog(copy_url, skip_compatibility_check=True, skip_table_creation=True)
-    done = mend_tables(mended.engine)
-    mended.close()
-    return copy_url, Repaired(done, [])
+        if not in_place:
+            fail("Tables on a server are repaired --in-place; make a backup first.")
+        return url, repair_tables(log)
+    copy = Path(f"{path}.damaged") if in_place else output or Path(f"{path}.repaired")
+    if copy.exists():
+        raise FileExistsError(f"{copy} exists already; move it away, or name another --output.")
+    is_done = False
+    try:
+        # Not the file alone: the newest transactions may be beside it.
+        with (
+            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(copy)) as target,
+        ):
+            source.backup(target)
+        where = url if in_place else f"sqlite:///{copy}"
+        with contextlib.closing(open_log(where, any_version=True)) as mended:
+            assert isinstance(mended, TablesLog)
+            repaired = repair_tables(mended)
+        is_done = True
+        return where, repaired
+    except (sqlite3.DatabaseError, sa.exc.DatabaseError) as error:
+        raise LogCorruptError(
+            f"SQLite itself can't read it: {error}. `sqlite3 FILE .recover` may.", source=path
+        ) from error
+    finally:
+        if not is_done:
+            copy.unlink(missing_ok=True)

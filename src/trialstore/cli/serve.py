@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trialstore.cli.output import Exit, Url, command, stderr
+from trialstore.cli.output import Exit, Port, Url, command
 from trialstore.urls import get_storage
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
-Port = Annotated[int, typer.Option("--port", help="Port to listen on.")]
 Certificate = Annotated[
     Path | None, typer.Option("--certificate", help="PEM certificate; with --key, TLS.")
 ]
@@ -47,18 +47,22 @@ def serve(
     """
     from trialstore.grpc import run_grpc_proxy_server
 
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("trialstore.grpc").setLevel(logging.INFO)
     storage = get_storage(url)
-    stderr.print(f"Serving at {host}:{port}.", markup=False)
-    run_grpc_proxy_server(
-        storage,
-        host=host,
-        port=port,
-        certificate_file=_path(certificate),
-        key_file=_path(key),
-        client_ca_file=_path(client_ca),
-        token_file=_path(token_file),
-        allow_insecure=allow_insecure,
-    )
+    try:
+        run_grpc_proxy_server(
+            storage,
+            host=host,
+            port=port,
+            certificate_file=_path(certificate),
+            key_file=_path(key),
+            client_ca_file=_path(client_ca),
+            token_file=_path(token_file),
+            allow_insecure=allow_insecure,
+        )
+    except RuntimeError as error:
+        raise OSError(f"{host}:{port} can't be listened on: {error}") from error
     return None
 
 

@@ -32,6 +32,8 @@ def stale(
     with existing_storage(url) as storage:
         storage.heartbeat_interval = max(1, grace_period // 2)
         storage.grace_period = grace_period
+        if study is not None:
+            storage.get_study_id_from_name(study)  # or KeyError
         for one in storage.get_all_studies():
             if study is not None and one.study_name != study:
                 continue

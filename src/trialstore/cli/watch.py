@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import datetime
+import math
 import time
 from typing import Annotated, Any
 
@@ -35,33 +36,39 @@ def watch(
 ) -> Exit | None:
     """See studies at work: trials a second, states, running trials, best value. Ctrl-C ends."""
     with existing_storage(url) as storage:
-        boards = [
-            Board(storage, one._study_id, one.study_name, one.directions)
-            for one in storage.get_all_studies()
-            if study in (None, one.study_name)
-        ]
-        if study is not None and not boards:
-            raise KeyError(f"There is no study with the name {study!r}.")
-        for board in boards:
-            board.look()
+        boards: dict[int, Board] = {}
+        _look(storage, study, boards)
         if as_json:
-            print_json([board.document() for board in boards])
+            print_json([board.document() for board in boards.values()])
         elif once or not stdout.is_terminal:
-            for board in boards:
+            for board in boards.values():
                 stdout.print(board.picture())
         else:
-            _live(boards, every)
+            _live(storage, study, boards, every)
     return None
 
 
-def _live(boards: list[Board], every: float) -> None:
+def _look(storage: Storage, name: str | None, boards: dict[int, Board]) -> None:
+    """Read what is new; studies may be new, too, or gone."""
+    if name is not None:
+        storage.get_study_id_from_name(name)  # or KeyError
+    studies = [one for one in storage.get_all_studies() if name in (None, one.study_name)]
+    for study_id in boards.keys() - {one._study_id for one in studies}:
+        del boards[study_id]
+    for one in studies:
+        if one._study_id not in boards:
+            boards[one._study_id] = Board(storage, one._study_id, one.study_name, one.directions)
+        boards[one._study_id].look()
+
+
+def _live(storage: Storage, name: str | None, boards: dict[int, Board], every: float) -> None:
     with Live(console=stdout, auto_refresh=False) as live:
         try:
             while True:
-                for board in boards:
-                    board.look()
-                live.update(Group(*(board.picture() for board in boards)), refresh=True)
+                pictures = [board.picture() for board in boards.values()]
+                live.update(Group(*pictures) if pictures else "No study yet.", refresh=True)
                 time.sleep(every)
+                _look(storage, name, boards)
         except KeyboardInterrupt:
             return
 
@@ -78,6 +85,7 @@ class Board:
         self._single = len(directions) == 1
         self._counts: dict[str, int] = {}
         self._running: list[FrozenTrial] = []
+        self._heard_within_s: dict[int, float] = {}
         self._best: FrozenTrial | None = None
         self._bests: deque[float] = deque(maxlen=_SPARKS)
         self._finished: deque[tuple[float, int]] = deque()
@@ -89,6 +97,7 @@ class Board:
             state.name: n for state in TrialState if (n := storage.get_n_trials(study_id, state))
         }
         self._running = storage.get_all_trials(study_id, False, (TrialState.RUNNING,))
+        self._heard_within_s = storage.heard_within_s(study_id) if self._running else {}
         if self._single and self._counts.get("COMPLETE"):
             self._best = storage.get_best_trial(study_id)
             assert self._best.values is not None
@@ -117,9 +126,21 @@ class Board:
             "states": self._counts,
             "best": best,
             "running": [
-                {"trial": trial.number, "seconds": _age_s(trial)} for trial in self._running
+                {
+                    "trial": trial.number,
+                    "seconds": _age_s(trial),
+                    "last_beat": self._last_beat(trial),
+                }
+                for trial in self._running
             ],
         }
+
+    def _last_beat(self, trial: FrozenTrial) -> str | None:
+        """None of a trial whose worker has no heartbeats."""
+        time_s = self._heard_within_s.get(trial._trial_id)
+        if time_s is None:
+            return None
+        return f"within {time_s:.0f} s" if time_s < math.inf else "more than an hour ago"
 
     def picture(self) -> Group:
         """For the terminal."""
@@ -129,7 +150,7 @@ class Board:
             best = f"best {self._best.values[0]:.6g} in trial {self._best.number}  "
             lines.append(Text(best + sparkline(list(self._bests)), style="green"))
         table = Table(box=None, pad_edge=False, show_header=bool(self._running))
-        for column in ("running", "for", "reports", "last report"):
+        for column in ("running", "for", "last beat", "reports", "last report"):
             table.add_column(column)
         for trial in self._running[:_RUNNING_SHOWN]:
             steps = trial.intermediate_values
@@ -137,6 +158,7 @@ class Board:
             table.add_row(
                 str(trial.number),
                 f"{_age_s(trial) or 0:.0f} s",
+                self._last_beat(trial) or "",
                 str(len(steps)),
                 "" if last is None else f"{steps[last]:.6g} at {last}",
             )

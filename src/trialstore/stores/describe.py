@@ -8,7 +8,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from trialstore import records as r
-from trialstore.log import Described, Log
+from trialstore.log import Described, LeaseStore, Log, Overview
 from trialstore.scan import Scan
 
 Description = dict[str, Any]
@@ -40,6 +40,7 @@ def describe(log: Log) -> Description:
                 "best_trial": best.number if best and len(study.directions) == 1 else None,
                 "first_start_at": _local(overview.first_at),
                 "last_complete_at": _local(overview.last_at),
+                "n_with_heartbeats": _n_with_heartbeats(log, study.study_id, overview),
             }
         )
     return {**facts, "studies": studies}
@@ -51,6 +52,16 @@ def _best_value(best: r.PutTrial | None) -> float | str | None:
     value = best.values[0]
     # JSON has no infinities.
     return value if value - value == 0 else str(value)
+
+
+def _n_with_heartbeats(log: Log, study_id: int, overview: Overview) -> int:
+    """How many RUNNING trials are covered by heartbeats, old ones included."""
+    if not isinstance(log, LeaseStore) or not overview.counts.get(r.RUNNING):
+        return 0
+    try:
+        return len(log.expired(study_id, overview.running, -1.0))
+    except ValueError:  # behind this server nobody keeps leases
+        return 0
 
 
 def _local(text: str | None) -> str | None:

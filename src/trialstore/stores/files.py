@@ -27,10 +27,13 @@ def write(frame: Frame, path: Path, kind: str, progress: Callable[[int], None]) 
 
     Raises:
         ValueError: ``kind`` is none of ``FORMATS``.
+        OSError: The file can't be written.
         ImportError: ``parquet`` and ``arrow`` need pyarrow.
     """
     if kind not in FORMATS:
         raise ValueError(f"{kind!r} is none of {', '.join(FORMATS)}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent}.")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if kind in ("parquet", "arrow"):

@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 
 from trialstore import records as r
+from trialstore.errors import IncompatibleSchemaError
 from trialstore.log import CompactableLog, Entries
+from trialstore.logs.relational.log import TablesLog
 from trialstore.logs.relational.mending import mend_tables
 from trialstore.replica import Replica
 from trialstore.stores.check import Audit
 from trialstore.stores.salvage import Salvaged, lost_trial, read_entry
-
-__all__ = ["Repaired", "mend_tables", "repair_journal"]
 
 
 class Repaired(msgspec.Struct, frozen=True):
@@ -67,6 +67,22 @@ def repair_journal(log: Entries, path: Path) -> Repaired:
     finally:
         unfinished.unlink(missing_ok=True)
     return Repaired(done, given_up)
+
+
+def repair_tables(log: TablesLog) -> Repaired:
+    """Set right in place what can be.
+
+    Raises:
+        IncompatibleSchemaError: The tables are of another version.
+        ValueError: Too much is gone.
+    """
+    version, head = log.get_current_version(), log.get_head_version()
+    if version != head:
+        raise IncompatibleSchemaError(
+            f"Tables of version {version} can't be repaired; `trialstore upgrade` brings them to "
+            f"{head}."
+        )
+    return Repaired(*mend_tables(log.engine))
 
 
 def _kept(

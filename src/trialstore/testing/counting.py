@@ -21,6 +21,7 @@ class CountingLog:
     Attributes:
         appended: The records of each exchange, in order.
         wanted: What each exchange wanted.
+        n_news: How many records came back, over all exchanges.
         used: How often each method of a capability was called, by name.
     """
 
@@ -28,6 +29,7 @@ class CountingLog:
         self.inner = inner
         self.appended: list[tuple[AnyOperation, ...]] = []
         self.wanted: list[Wanted] = []
+        self.n_news = 0
         self.used: Counter[str] = Counter()
         self._failures: dict[int, bool] = {}
         self._bind_capabilities()
@@ -46,7 +48,7 @@ class CountingLog:
         return method(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("inner", "appended", "wanted", "used", "_failures")
+        own = ("inner", "appended", "wanted", "n_news", "used", "_failures")
         return {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,6 +67,7 @@ class CountingLog:
         """Count from 0 again; failures that were ordered are forgotten."""
         self.appended.clear()
         self.wanted.clear()
+        self.n_news = 0
         self.used.clear()
         self._failures.clear()
 
@@ -85,6 +88,7 @@ class CountingLog:
         if after is False:
             raise LogUnavailableError("The test cut this exchange before it was sent.")
         batch = self.inner.exchange(records, cursor, wanted)
+        self.n_news += len(batch.news)
         if after:
             raise OutcomeUnknownError("The test lost the answer of this exchange.")
         return batch

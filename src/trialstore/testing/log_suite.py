@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 import pytest
 
 from trialstore import records as r
-from trialstore.log import Log, Wanted
+from trialstore.log import NEXT_MIN, Log, Wanted
 from trialstore.records import Verdict
 from trialstore.testing.capability_suites import ConditionalSuite, LeaseSuite, OpenLog, run_threads
 from trialstore.testing.contents import plain, trial_contents
@@ -395,6 +395,38 @@ class LogSuite(ConditionalSuite, LeaseSuite):
         ours.exchange(ours.state(stocked["waiting"], r.RUNNING))
         assert waiting() == [queued]
 
+    @pytest.mark.parametrize("n_left", [0, 1, 60, 150])
+    def test_wanting_the_next_of_a_queue_covers_so_many_of_them(
+        self, ours: Follower, theirs: Follower, n_left: int
+    ) -> None:
+        study_id = ours.create_study("s")
+        ours.exchange(
+            *(
+                r.CreateTrial(
+                    study_id=study_id, state=r.WAITING, datetime_start=None, **ours.mark()
+                )
+                for _ in range(200)
+            )
+        )
+        wanted = Wanted(next_of=frozenset({study_id}))
+
+        def waiting(of: Follower) -> list[int]:
+            return [t._trial_id for t in of.replica.trials(study_id, (TrialState.WAITING,))]
+
+        theirs.exchange(wanted=wanted)
+        queued = waiting(theirs)
+        assert len(queued) == 200
+        # Some from the beginning, one from the middle of the next.
+        gone = queued[: max(n_left - 1, 0)] + queued[n_left + 3 : n_left + 4]
+        ours.exchange(*(ours.state(one, r.RUNNING) for one in gone))
+        late = ours.create_trial(study_id, state=r.WAITING, datetime_start=None)
+        theirs.exchange(wanted=wanted)
+        there = [one for one in queued if one not in gone]
+        assert waiting(theirs)[:NEXT_MIN] == there[:NEXT_MIN]
+        assert waiting(theirs)[-1] == late
+        theirs.exchange(wanted=Wanted(waiting_of=frozenset({study_id})))
+        assert waiting(theirs) == [*there, late]
+
     def test_wanting_a_trial_covers_it(self, theirs: Follower, stocked: dict[str, Any]) -> None:
         theirs.exchange(wanted=Wanted(trials=frozenset({stocked["complete"]})))
         trial = theirs.replica.trial(stocked["complete"])
@@ -425,7 +457,9 @@ class LogSuite(ConditionalSuite, LeaseSuite):
         assert theirs.replica.distribution(study_id, "x") == FloatDistribution(0.0, 1.0)
         assert theirs.replica.distribution(study_id, "y") is None
 
-    @pytest.mark.parametrize("kind", ["names", "studies", "waiting_of", "trials", "params"])
+    @pytest.mark.parametrize(
+        "kind", ["names", "studies", "waiting_of", "next_of", "trials", "params"]
+    )
     def test_a_narrow_read_skips_nothing_that_a_wider_one_needs_later(
         self, ours: Follower, theirs: Follower, stocked: dict[str, Any], kind: str
     ) -> None:
@@ -434,6 +468,7 @@ class LogSuite(ConditionalSuite, LeaseSuite):
             "names": Wanted(names=frozenset({"s"})),
             "studies": Wanted(studies=frozenset({study_id})),
             "waiting_of": Wanted(waiting_of=frozenset({study_id})),
+            "next_of": Wanted(next_of=frozenset({study_id})),
             "trials": Wanted(trials=frozenset({stocked["running"]})),
             "params": Wanted(params=frozenset({(study_id, "x")})),
         }[kind]

@@ -1,5 +1,8 @@
 """Random operations on two storages over one log, and on a model; all three must agree.
 
+Where Optuna has a storage for the same store, it takes part: what it reads must be what ours read,
+to the last bit, and now and then it is the one who writes.
+
 ::
 
     class MyMachine(StorageMachine):
@@ -30,6 +33,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 import pytest
@@ -39,44 +43,54 @@ from trialstore.testing.clock import ManualClock
 from trialstore.testing.contents import storage_contents, trial_contents
 from trialstore.testing.model import Model
 from trialstore.testing.storage_suite import Capabilities, OpenStorage
+from trialstore.testing.values import ODD_ATTRIBUTES, ODD_FLOATS
 
 _DISTRIBUTIONS: list[tuple[BaseDistribution, list[float]]] = [
-    (FloatDistribution(-1.0, 1.0), [-1.0, 0.1, 0.30000000000000004, 1.0]),
+    (FloatDistribution(-1.0, 1.0), [-1.0, -0.0, 5e-324, 0.30000000000000004]),
     (FloatDistribution(0.0, 1.0, step=0.25), [0.0, 0.75]),
     (FloatDistribution(1e-5, 1.0, log=True), [1e-5, 0.5]),
     (IntDistribution(0, 10), [0.0, 10.0]),
+    (IntDistribution(-(2**53), 2**53), [-(2.0**53), 2.0**53]),
     (CategoricalDistribution(["a", None, 2.5]), [0.0, 1.0, 2.0]),
-    (CategoricalDistribution(["b"]), [0.0]),
+    (CategoricalDistribution([1, True, 1.0, "1"]), [0.0, 1.0, 2.0, 3.0]),
+    (CategoricalDistribution([math.nan, -0.0, 0]), [0.0, 1.0, 2.0]),
 ]
 _FINISHED = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+_TOLD = [*_FINISHED, TrialState.WAITING]
 
 _who = st.integers(0, 1)
 _pick = st.integers(0, 7)
 _names = st.sampled_from(["x", "y", "z"])
 _study_names = st.sampled_from(["s", "t", "u", ""])
 _params = st.sampled_from([(known, value) for known, values in _DISTRIBUTIONS for value in values])
+_keys = st.sampled_from(["x", "y", "", "k" * 200, "\u017c \U0001f600"])
 _attributes = st.one_of(
-    st.none(),
-    st.booleans(),
+    st.sampled_from(list(ODD_ATTRIBUTES.values())),
     st.integers(-(2**63), 2**63 - 1),
-    st.sampled_from([0.5, 1e-320, math.inf, -math.inf, math.nan]),
-    st.sampled_from(["", "text", "ż \U0001f600", "a\nb"]),
     st.lists(st.integers(0, 3), max_size=2),
     st.dictionaries(st.sampled_from(["k", "l"]), st.integers(0, 3), max_size=2),
 )
-_values = st.sampled_from([0.0, 1.0, -1.5, 1e300, math.inf, -math.inf, 5e-324])
-_steps = st.sampled_from([0.0, 1.0, math.nan, math.inf, -2.5])
+_values = st.sampled_from([value for value in ODD_FLOATS if not math.isnan(value)])
+_reports = st.sampled_from(ODD_FLOATS)
+_steps = st.sampled_from([-(2**31), -1, 0, 1, 2, 2**31 - 1])
 
 
-def _templates(n_objectives: int, state: TrialState, param: tuple[BaseDistribution, float]) -> Any:
+def _template(
+    n_objectives: int,
+    state: TrialState,
+    param: tuple[BaseDistribution, float],
+    value: float,
+    attribute: Any,
+) -> FrozenTrial:
     known, internal = param
     return create_trial(
         state=state,
-        values=[0.5] * n_objectives if state == TrialState.COMPLETE else None,
+        values=[value] * n_objectives if state == TrialState.COMPLETE else None,
         params={"x": known.to_external_repr(internal)},
         distributions={"x": known},
-        user_attrs={"template": True},
-        intermediate_values={1: 0.5},
+        user_attrs={"template": attribute},
+        system_attrs={"template": attribute},
+        intermediate_values={1: value, 2: math.nan},
     )
 
 
@@ -87,6 +101,10 @@ class StorageMachine(RuleBasedStateMachine):
     open_storage: OpenStorage
     keeps_ids_apart = False
     """Leave something behind before each deletion, so that no database gives its ids again."""
+    open_plain: Callable[[], BaseStorage] | None = None
+    """Opens the same store as plain Optuna does, where it can."""
+    plain_reads = plain_writes = True
+    """Whether it then reads, and whether it also writes."""
 
     def prepare(self) -> None:
         """Make a new empty store and set ``open_storage`` to what opens it."""
@@ -100,6 +118,7 @@ class StorageMachine(RuleBasedStateMachine):
         self.dead_ids: list[int] = []
         self.n_kept = 0
         self.early: list[tuple[FrozenTrial, Any]] = []
+        self.plain: BaseStorage | None = None
 
     def _open(self) -> Storage:
         # Clocks of their own: a tell that waits must not end the other one's linger.
@@ -111,6 +130,24 @@ class StorageMachine(RuleBasedStateMachine):
         finally:
             for storage in self.storages:
                 storage.close()
+            self._leave_plain()
+
+    def _plain(self) -> BaseStorage:
+        """Optuna's storage, when nothing is put off."""
+        for storage in self.storages:
+            storage.flush()
+        if self.plain is None:
+            assert self.open_plain is not None
+            self.plain = self.open_plain()
+        return self.plain
+
+    def _leave_plain(self) -> None:
+        engine = getattr(self.plain, "engine", None)
+        if self.plain is not None:
+            self.plain.remove_session()
+            self.plain = None
+        if engine is not None:
+            engine.dispose()
 
     # --- choosing --------------------------------------------------------------------------------
 
@@ -140,8 +177,8 @@ class StorageMachine(RuleBasedStateMachine):
         answer = got()
         return wanted, answer
 
-    def _begin(self, storage: Storage, trial_id: int) -> None:
-        """As Optuna's ``Trial`` does; this first read is served without an exchange."""
+    def _read_own(self, storage: Storage, trial_id: int) -> None:
+        """What Optuna's ``Trial`` reads, at first without an exchange, must be the truth."""
         how = {**self.capabilities.as_kept(), "exact": False}
         expected = self.model.find(trial_id)[1].contents(**how)
         assert trial_contents(storage.get_trial(trial_id), times=False, **how) == expected
@@ -183,7 +220,7 @@ class StorageMachine(RuleBasedStateMachine):
             self._settled(1 - who).get_all_trials(study_id)
 
     @precondition(lambda self: self.model.studies)
-    @rule(who=_who, pick=_pick, key=_names, value=_attributes, system=st.booleans())
+    @rule(who=_who, pick=_pick, key=_keys, value=_attributes, system=st.booleans())
     def set_study_attr(self, who: int, pick: int, key: str, value: Any, system: bool) -> None:
         study = self.model.study(self._study_id(pick))
         storage = self._settled(who)
@@ -202,18 +239,27 @@ class StorageMachine(RuleBasedStateMachine):
         pick=_pick,
         state=st.sampled_from([None, None, *TrialState]),
         param=_params,
+        value=_values,
+        attribute=_attributes,
     )
     def create_trial(
-        self, who: int, pick: int, state: TrialState | None, param: tuple[BaseDistribution, float]
+        self,
+        who: int,
+        pick: int,
+        state: TrialState | None,
+        param: tuple[BaseDistribution, float],
+        value: float,
+        attribute: Any,
     ) -> None:
         study = self.model.study(self._study_id(pick))
         template = None
         if state is not None:
-            template = _templates(len(study.directions), state, param)
+            param = self._kept(param)
+            template = _template(len(study.directions), state, param, value, attribute)
         storage = self._settled(who)
         trial_id = storage.create_new_trial(study.id, copy.deepcopy(template))
         self.model.create_trial(study.id, trial_id, template)
-        self._begin(storage, trial_id)
+        self._read_own(storage, trial_id)
 
     @precondition(lambda self: self.model.trial_ids())
     @rule(who=_who, pick=_pick, name=_names, param=_params)
@@ -221,16 +267,32 @@ class StorageMachine(RuleBasedStateMachine):
         self, who: int, pick: int, name: str, param: tuple[BaseDistribution, float]
     ) -> None:
         trial_id = self._trial_id(pick)
-        storage = self._settled(who)
-        known, internal = param
+        self._suggest(self._settled(who), trial_id, name, param)
+
+    def _suggest(
+        self, storage: Storage, trial_id: int, name: str, param: tuple[BaseDistribution, float]
+    ) -> None:
+        study = self.model.find(trial_id)[0]
+        known = study.distribution(name)
+        if not self.capabilities.templates_bind and known != study.suggested.get(name):
+            return  # whether it is compatible depends on what the storage has read
+        distribution, internal = self._kept(param)
         self._same(
             storage,
-            lambda: self.model.set_param(trial_id, name, internal, known),
-            lambda: storage.set_trial_param(trial_id, name, internal, known),
+            lambda: self.model.set_param(trial_id, name, internal, distribution),
+            lambda: storage.set_trial_param(trial_id, name, internal, distribution),
         )
 
+    def _kept(self, param: tuple[BaseDistribution, float]) -> tuple[BaseDistribution, float]:
+        """Of equal choices the one that the store takes them for."""
+        distribution, internal = param
+        if not self.capabilities.tells_equal_choices_apart:
+            external = distribution.to_external_repr(internal)
+            internal = distribution.to_internal_repr(external)
+        return distribution, internal
+
     @precondition(lambda self: self.model.trial_ids())
-    @rule(who=_who, pick=_pick, key=_names, value=_attributes, system=st.booleans())
+    @rule(who=_who, pick=_pick, key=_keys, value=_attributes, system=st.booleans())
     def set_trial_attr(self, who: int, pick: int, key: str, value: Any, system: bool) -> None:
         trial_id = self._trial_id(pick)
         storage = self._settled(who)
@@ -244,7 +306,7 @@ class StorageMachine(RuleBasedStateMachine):
             (found[0].system_attrs if system else found[0].user_attrs)[key] = value
 
     @precondition(lambda self: self.model.trial_ids())
-    @rule(who=_who, pick=_pick, step=st.integers(-1, 3), value=_steps)
+    @rule(who=_who, pick=_pick, step=_steps, value=_reports)
     def report(self, who: int, pick: int, step: int, value: float) -> None:
         trial_id = self._trial_id(pick)
         storage = self._settled(who)
@@ -257,18 +319,19 @@ class StorageMachine(RuleBasedStateMachine):
             found[0].intermediate_values[step] = value
 
     @precondition(lambda self: self.model.trial_ids())
-    @rule(who=_who, pick=_pick, state=st.sampled_from(_FINISHED), value=_values)
-    def tell(self, who: int, pick: int, state: TrialState, value: float) -> None:
+    @rule(who=_who, pick=_pick, state=st.sampled_from(_TOLD), value=_values, told=st.booleans())
+    def tell(self, who: int, pick: int, state: TrialState, value: float, told: bool) -> None:
+        """Or, with WAITING, queue it again."""
         trial_id = self._trial_id(pick)
         storage = self._settled(who)
         n_objectives = len(self.model.find(trial_id)[0].directions)
-        values = [value] * n_objectives if state == TrialState.COMPLETE else None
-        told = self._same(
+        values = [value] * n_objectives if told or state == TrialState.COMPLETE else None
+        both = self._same(
             storage,
             lambda: self.model.set_state(trial_id, state, values),
             lambda: storage.set_trial_state_values(trial_id, state, values),
         )
-        assert told is None or told[0] is told[1]
+        assert both is None or both[0] is both[1]
 
     @precondition(lambda self: self.model.trial_ids())
     @rule(who=_who, pick=_pick)
@@ -282,7 +345,47 @@ class StorageMachine(RuleBasedStateMachine):
         )
         assert claimed is None or claimed[0] is claimed[1]
         if claimed == (True, True):
-            self._begin(storage, trial_id)
+            self._read_own(storage, trial_id)
+
+    @precondition(lambda self: self.model.studies)
+    @rule(
+        who=_who,
+        pick=_pick,
+        params=st.dictionaries(_names, _params, max_size=2),
+        reports=st.dictionaries(_steps, _reports, max_size=2),
+        attrs=st.dictionaries(_keys, _attributes, max_size=2),
+        state=st.sampled_from(_FINISHED),
+        value=_values,
+    )
+    def run_trial(
+        self,
+        who: int,
+        pick: int,
+        params: dict[str, tuple[BaseDistribution, float]],
+        reports: dict[int, float],
+        attrs: dict[str, Any],
+        state: TrialState,
+        value: float,
+    ) -> None:
+        """A whole trial with nobody between, as ``study.optimize`` runs it."""
+        study = self.model.study(self._study_id(pick))
+        storage = self._settled(who)
+        trial_id = storage.create_new_trial(study.id)
+        self.model.create_trial(study.id, trial_id, None)
+        self._read_own(storage, trial_id)
+        for name, param in params.items():
+            self._suggest(storage, trial_id, name, param)
+        trial = self.model.find(trial_id)[1]
+        for step, report in reports.items():
+            storage.set_trial_intermediate_value(trial_id, step, report)
+            trial.intermediate_values[step] = report
+        for key, attr in attrs.items():
+            storage.set_trial_user_attr(trial_id, key, attr)
+            trial.user_attrs[key] = attr
+        self._read_own(storage, trial_id)
+        values = [value] * len(study.directions) if state == TrialState.COMPLETE else None
+        storage.set_trial_state_values(trial_id, state, values)
+        self.model.set_state(trial_id, state, values)
 
     # --- a write that is overtaken ---------------------------------------------------------------
 
@@ -293,7 +396,7 @@ class StorageMachine(RuleBasedStateMachine):
         asker, teller = self._settled(who), self._settled(1 - who)
         trial_id = asker.create_new_trial(study.id)
         self.model.create_trial(study.id, trial_id, None)
-        self._begin(asker, trial_id)
+        self._read_own(asker, trial_id)
         asker.set_trial_user_attr(trial_id, "late", True)
         if isinstance(how, str):
             self._keep_ids_apart(teller)
@@ -307,6 +410,46 @@ class StorageMachine(RuleBasedStateMachine):
         with pytest.raises((UpdateFinishedTrialError, KeyError)):
             asker.flush()
         asker.flush()
+
+    # --- plain Optuna on the same store ----------------------------------------------------------
+
+    @precondition(lambda self: self.open_plain and self.plain_writes and self.model.studies)
+    @rule(pick=_pick)
+    def plain_optuna_creates_a_trial(self, pick: int) -> None:
+        study = self.model.study(self._study_id(pick))
+        self.model.create_trial(study.id, self._plain().create_new_trial(study.id), None)
+
+    @precondition(lambda self: self.open_plain and self.plain_writes and self._unfinished_ids())
+    @rule(
+        pick=_pick,
+        key=_keys,
+        value=_attributes,
+        report=_reports,
+        state=st.sampled_from([None, TrialState.COMPLETE, TrialState.FAIL]),
+    )
+    def plain_optuna_writes(
+        self, pick: int, key: str, value: Any, report: float, state: TrialState | None
+    ) -> None:
+        ids = self._unfinished_ids()
+        trial_id = ids[-1 - pick % len(ids)]
+        study, trial = self.model.find(trial_id)
+        storage = self._plain()
+        storage.set_trial_user_attr(trial_id, key, value)
+        storage.set_trial_intermediate_value(trial_id, 0, report)
+        trial.user_attrs[key] = value
+        trial.intermediate_values[0] = report
+        if state is not None:
+            values = [0.5] * len(study.directions) if state == TrialState.COMPLETE else None
+            storage.set_trial_state_values(trial_id, state, values)
+            self.model.set_state(trial_id, state, values)
+
+    def _unfinished_ids(self) -> list[int]:
+        return sorted(
+            trial.id
+            for study in self.model.studies.values()
+            for trial in study.trials
+            if not trial.state.is_finished()
+        )
 
     # --- reads and handles -----------------------------------------------------------------------
 
@@ -375,8 +518,11 @@ class StorageMachine(RuleBasedStateMachine):
             storage.flush()
         for storage in self.storages:
             assert storage_contents(storage, times=False, **how) == expected
-        first, second = (storage_contents(storage, **how) for storage in self.storages)
+        # Of what a column loses, too, nobody may go on seeing what the others don't.
+        first, second = map(storage_contents, self.storages)
         assert first == second
+        if self.open_plain and self.plain_reads:
+            assert storage_contents(self._plain()) == first
 
     @invariant()
     def earlier_reads_have_not_changed(self) -> None:

@@ -64,6 +64,8 @@ class ModelStudy:
     trials: list[ModelTrial] = field(default_factory=list)
     user_attrs: dict[str, Any] = field(default_factory=dict)
     system_attrs: dict[str, Any] = field(default_factory=dict)
+    suggested: dict[str, BaseDistribution] = field(default_factory=dict)
+    """Of those names that were set on a trial, which a template's were not."""
 
     def distribution(self, name: str) -> BaseDistribution | None:
         """Of the first trial that has the parameter."""
@@ -140,9 +142,11 @@ class Model:
         if template is not None:
             trial.state = template.state
             trial.values = template.values
+            # Of choices that are equal, such as 1 and True, the first is meant.
             trial.params = {
-                name: (value, template.distributions[name])
+                name: (known.to_external_repr(known.to_internal_repr(value)), known)
                 for name, value in template.params.items()
+                for known in (template.distributions[name],)
             }
             trial.user_attrs = dict(template.user_attrs)
             trial.system_attrs = dict(template.system_attrs)
@@ -156,6 +160,7 @@ class Model:
         known = study.distribution(name)
         if known is not None:
             check_distribution_compatibility(known, distribution)
+        study.suggested.setdefault(name, distribution)
         trial.params[name] = (distribution.to_external_repr(internal), distribution)
 
     def set_state(

@@ -7,17 +7,19 @@ Source: docs/formats/journal.md; Optuna ``JournalFileBackend``.
 """
 
 # The path is made absolute as ``os`` does it, which follows no link.
-# ruff: noqa: PTH100
+# ruff: noqa: PTH100, PTH116
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import os
 from typing import Any, Final, Literal
 
 from optuna.storages.journal import BaseJournalBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 
+from trialstore.clock import CLOCK
 from trialstore.findings import Finding
 from trialstore.log import Base, Batch, Compaction, Cursor, Decide, Entry, Wanted
 from trialstore.logs.beats import Beats
@@ -33,6 +35,8 @@ from trialstore.records import AnyOperation, encode_dict, encode_line, must_be_d
 _ANSWER_BYTES: Final = 1 << 18
 # How many places are remembered for those who read through Optuna's two methods.
 _READ_POSITIONS_MAX: Final = 16
+# How often who listens looks at the file's size; all those looks take a hundredth of a core.
+_LOOK_S: Final = 0.01
 
 
 class FileLog(BaseJournalBackend):
@@ -168,6 +172,29 @@ class FileLog(BaseJournalBackend):
         """See ``LeaseStore``."""
         return self._beats.expired(study_id, running, grace_period_s)
 
+    # --- Audible -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Callable[[float], None]]:
+        """See ``Audible``. Looks at the file's size, for which nothing is opened."""
+        seen: object = None
+
+        def wait(timeout_s: float) -> None:
+            nonlocal seen
+            give_up_at_s = CLOCK.now_s() + timeout_s
+            while (now := self._look()) == seen and CLOCK.now_s() < give_up_at_s:
+                CLOCK.sleep(min(timeout_s, _LOOK_S))
+            seen = now
+
+        yield wait
+
+    def _look(self) -> object:
+        try:
+            status = os.stat(self._file.path)
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
     # --- Optuna's backend --------------------------------------------------------------------
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
@@ -280,5 +307,12 @@ class FileLog(BaseJournalBackend):
 
 def _without(records: Sequence[AnyOperation], seen: list[Any]) -> Sequence[AnyOperation]:
     """Those that are not among the records seen, where an attempt before this one put them."""
-    known = {(record.worker_id, record.seq) for record in seen if record.seq >= 0}
+    writers = {record.worker_id for record in records}
+    known = {
+        (record.worker_id, record.seq)
+        for record in seen
+        if record.worker_id in writers and record.seq >= 0
+    }
+    if not known:
+        return records
     return [record for record in records if (record.worker_id, record.seq) not in known]

@@ -19,6 +19,7 @@ import os
 from pathlib import Path
 import random
 from typing import Any, Final, TypeVar
+import uuid
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
 
@@ -27,7 +28,7 @@ import msgspec
 
 from trialstore.clock import CLOCK, Clock
 from trialstore.errors import LogUnavailableError
-from trialstore.log import NOTHING, START, Batch, Cursor, Decide, Wanted
+from trialstore.log import NOTHING, START, Base, Batch, Cursor, Decide, Wanted
 from trialstore.logs.grpc import payload, status
 from trialstore.logs.grpc.foreign import StorageLog
 from trialstore.logs.grpc.generated import log_pb2 as pb
@@ -187,6 +188,9 @@ class GrpcLog:
         self._channel: grpc.Channel | None = None
         self._calls: dict[str, Call] = {}
         self._metadata: tuple[tuple[str, str], ...] = ()
+        # By these two a server tells a repetition from another exchange.
+        self._sender = uuid.uuid4().hex
+        self._n_sent = 0
         # Marks of records that may have been appended by a call that was given up.
         self._unsettled: set[tuple[str, int]] = set()
         self._leased: set[str] = set()
@@ -277,6 +281,9 @@ class GrpcLog:
 
     def _send(self, request: Any, records: list[AnyOperation]) -> Any:
         """Ask with records to append."""
+        self._here()  # or a child would go on counting as its parent
+        self._n_sent += 1
+        request.sender, request.number = self._sender, self._n_sent
         marks = {(record.worker_id, record.seq) for record in records}
         was_given_up = not self._unsettled.isdisjoint(marks)
 
@@ -461,23 +468,36 @@ class GrpcLog:
 
     def load_snapshot(self) -> tuple[bytes, Cursor] | None:
         """See ``SnapshotStore``."""
-        if self._foreign is not None:
+        replies = self._snapshot(pb.SnapshotRequest())
+        if not replies:
             return None
+        return b"".join(reply.part for reply in replies), replies[0].cursor or START
 
-        def load(timeout_s: float, again: bool) -> tuple[bytes, Cursor] | None:
-            replies = list(self._stream("Snapshot", pb.SnapshotRequest(), timeout_s))
-            if not replies:
-                return None
-            return b"".join(reply.part for reply in replies), replies[0].cursor or START
+    def load_base(self) -> Base:
+        """See ``Compacted``; of the journal that the server serves."""
+        replies = self._snapshot(pb.SnapshotRequest(base=True))
+        if not replies:
+            return Base({})
+        return Base(
+            payload.unpack_marks(replies[0].marks),
+            b"".join(reply.part for reply in replies) or None,
+            replies[0].cursor or START,
+        )
 
+    def _snapshot(self, request: Any) -> list[Any]:
+        """The parts of what the server keeps beside its records; none from a plain Optuna one."""
+        if self._foreign is not None:
+            return []
         try:
-            return self._persistently(load)
+            return self._persistently(
+                lambda timeout_s, _: list(self._stream("Snapshot", request, timeout_s))
+            )
         except _FailedError as failed:
             error = self._final_error(failed, unknown=False)
             if not isinstance(error, _NoLogServiceError):
                 raise error from failed.error
         self._fall_back()
-        return None
+        return []
 
     # --- calls -----------------------------------------------------------------------------------
 

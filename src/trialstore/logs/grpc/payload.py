@@ -9,14 +9,14 @@ Source: docs/formats/grpc.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import json
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from trialstore.log import NOTHING, START, Cursor, Wanted
+from trialstore.log import NOTHING, START, Cursor, Marks, Wanted
 from trialstore.records import AnyOperation, Outcome, Record
 
 _T = TypeVar("_T")
@@ -29,6 +29,7 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _operations_decoder: Final = msgspec.msgpack.Decoder(list[AnyOperation])
 _records_decoder: Final = msgspec.msgpack.Decoder(list[Record])
 _wanted_decoder: Final = msgspec.msgpack.Decoder(Wanted)
+_marks_decoder: Final = msgspec.msgpack.Decoder(dict[str, Marks])
 _outcomes_decoder: Final = msgspec.msgpack.Decoder(list[Outcome])
 
 
@@ -127,6 +128,18 @@ def pack_outcomes(outcomes: Sequence[Outcome] | None) -> bytes:
 def unpack_outcomes(payload: bytes) -> list[Outcome] | None:
     """Raises ValueError if the bytes are no outcomes."""
     return _unpack(payload, _outcomes_decoder, list[Outcome]) if payload else None
+
+
+def pack_marks(marks: Mapping[str, Marks]) -> bytes:
+    try:
+        return b"M" + _encoder.encode(marks)
+    except (UnicodeEncodeError, OverflowError):
+        return _json(marks)
+
+
+def unpack_marks(payload: bytes) -> dict[str, Marks]:
+    """Raises ValueError if the bytes are no marks."""
+    return _unpack(payload, _marks_decoder, dict[str, Marks]) if payload else {}
 
 
 def pack_cursor(cursor: Cursor) -> bytes:

@@ -31,11 +31,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from optuna.storages import BaseStorage
 
-from trialstore.log import Limited, SnapshotStore
+from trialstore.log import Compacted, Limited, SnapshotStore
 from trialstore.logs.grpc import payload, status
 from trialstore.logs.grpc.generated import POOL, log_pb2 as pb
 from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, handler
-from trialstore.logs.grpc.sharing import Request, Share
+from trialstore.logs.grpc.share import Request, Share
 from trialstore.logs.grpc.stock import StorageServicer
 
 _logger = logging.getLogger(__name__)
@@ -117,17 +117,27 @@ class LogServicer:
 
     def Snapshot(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         log = self._share.log
-        if not isinstance(log, SnapshotStore):
-            return
-        with _aborting(context), self._reads:
-            stored = self._share.alone(log.load_snapshot)
-        if stored is None:
-            return
-        snapshot, cursor = stored
-        packed = payload.pack_cursor(cursor)
-        for offset in range(0, len(snapshot), _PART_BYTES):
-            part = bytes(snapshot[offset : offset + _PART_BYTES])
-            yield pb.SnapshotReply(cursor=b"" if offset else packed, part=part)
+        if request.base:
+            if not isinstance(log, Compacted):
+                return
+            with _aborting(context), self._reads:
+                base = self._share.alone(log.load_base)
+            snapshot, cursor = base.snapshot or b"", base.cursor
+            marks = payload.pack_marks(base.marks)
+        else:
+            if not isinstance(log, SnapshotStore):
+                return
+            with _aborting(context), self._reads:
+                stored = self._share.alone(log.load_snapshot)
+            if stored is None:
+                return
+            snapshot, cursor = stored
+            marks = b""
+        yield pb.SnapshotReply(
+            cursor=payload.pack_cursor(cursor), part=bytes(snapshot[:_PART_BYTES]), marks=marks
+        )
+        for offset in range(_PART_BYTES, len(snapshot), _PART_BYTES):
+            yield pb.SnapshotReply(part=bytes(snapshot[offset : offset + _PART_BYTES]))
 
 
 def _request(request: Any, context: grpc.ServicerContext) -> Request:
@@ -139,6 +149,8 @@ def _request(request: Any, context: grpc.ServicerContext) -> Request:
         is_alive=context.is_active,
         leased=request.leased,
         expected=request.expected if request.HasField("expected") else None,
+        sender=request.sender,
+        number=request.number,
     )
 
 

@@ -1,19 +1,82 @@
-"""What became of records whose answer was lost, seen in what the log shows now.
+"""What became of records whose answer was lost: remembered, or seen in what the log shows now.
 
-For a log that judges and keeps no marks of its clients. A state write carries a time to the
-microsecond that its client chose, which is as good as a mark; everything else overwrites, and may
-be written twice.
+For a log that judges and keeps no marks of its clients. A server remembers the outcomes of each
+client's last exchange. One that was killed since has forgotten them, and has to look: a state
+write carries a time to the microsecond that its client chose, which is as good as a mark;
+everything else overwrites, and may be written twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+import contextlib
 from datetime import datetime
+import threading
+from typing import Any, Final
 
 from trialstore import records as r
 from trialstore.errors import OutcomeUnknownError
 from trialstore.log import Wanted
 from trialstore.records import ACCEPTED, AnyOperation, Outcome, Record, Verdict
+
+# Over all clients: each has one exchange at a time, seldom of more than ten records.
+_REMEMBERED_MAX: Final = 100_000
+
+
+class Remembered:
+    """The outcomes of each client's last exchange, and a lock for each client."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._outcomes: OrderedDict[str, dict[int, Outcome]] = OrderedDict()
+        self._n_outcomes = 0
+        self._locks: dict[str, list[Any]] = {}  # worker_id -> lock, how many use it
+
+    @contextlib.contextmanager
+    def one_at_a_time(self, worker_id: str) -> Iterator[None]:
+        """A client's second attempt waits for what has become of its first."""
+        with self._mutex:
+            entry = self._locks.setdefault(worker_id, [threading.Lock(), 0])
+            entry[1] += 1
+        try:
+            with entry[0]:
+                yield
+        finally:
+            with self._mutex:
+                entry[1] -= 1
+                if not entry[1]:
+                    del self._locks[worker_id]
+
+    def find(self, records: Sequence[AnyOperation]) -> dict[int, Outcome]:
+        """Outcomes of the records that were in the last exchange, by index."""
+        with self._mutex:
+            known = self._outcomes.get(records[0].worker_id)
+            if known is None:
+                return {}
+            return {
+                index: known[record.seq]
+                for index, record in enumerate(records)
+                if record.seq >= 0 and record.seq in known
+            }
+
+    def keep(self, records: Sequence[AnyOperation], outcomes: Sequence[Outcome]) -> None:
+        worker_id = records[0].worker_id
+        with self._mutex:
+            before = self._outcomes.pop(worker_id, None)
+            if before is not None:
+                self._n_outcomes -= len(before)
+            kept = {
+                record.seq: outcome for record, outcome in zip(records, outcomes, strict=False)
+            }
+            self._outcomes[worker_id] = kept
+            self._n_outcomes += len(kept)
+            while self._n_outcomes > _REMEMBERED_MAX and len(self._outcomes) > 1:
+                _, dropped = self._outcomes.popitem(last=False)
+                self._n_outcomes -= len(dropped)
+
+
+# --- what the log shows --------------------------------------------------------------------------
 
 
 def evidence(records: Sequence[AnyOperation]) -> Wanted:

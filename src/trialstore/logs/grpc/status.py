@@ -38,6 +38,15 @@ _REFUSED: Final = {
     _Code.RESOURCE_EXHAUSTED: "it has not the resources",
 }
 
+# What a plain Optuna server says of a call that it refuses, and gRPC of one that nobody serves.
+_UNDERSTOOD: Final = (
+    _Code.INVALID_ARGUMENT,
+    _Code.NOT_FOUND,
+    _Code.ALREADY_EXISTS,
+    _Code.FAILED_PRECONDITION,
+    _Code.UNIMPLEMENTED,
+)
+
 
 def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     """End a call with the status of an error; an unknown one tells its type and no more."""
@@ -85,7 +94,7 @@ def may_have_arrived(error: grpc.RpcError) -> bool:
     name = error_name(error)
     if name:
         return name == "outcome-unknown"
-    if error.code() in _REFUSED or error.code() in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED):
+    if error.code() in _REFUSED or error.code() in _UNDERSTOOD:
         return False
     # The core's words for a call that found no connection, and was not sent. If they change one
     # day, an error is called unknown that could be called safe to retry.

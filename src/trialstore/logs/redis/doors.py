@@ -63,6 +63,13 @@ class Server:
             raise error
         return answers
 
+    def can_read(self, timeout_s: float) -> bool:
+        """Whether the server has said something by itself, or says it within so long."""
+        return bool(self._connection.can_read(timeout_s))
+
+    def read(self) -> Any:
+        return self._connection.read_response()
+
     def settings(self) -> list[Settings]:
         client = driver().Redis(connection_pool=self._pool)
         try:

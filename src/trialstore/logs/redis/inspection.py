@@ -17,7 +17,7 @@ _BEYOND_MAX: Final = 1000
 
 
 def entries(reader: Reader, cursor: Cursor) -> Iterator[Entry]:
-    """The records after ``cursor``, as they are."""
+    """The records after ``cursor``, as they are; also those that the counter has fallen behind."""
     first = 0 if cursor is START else Position(*cursor).number
     last = reader.connection.ask(reader.last_number)
     for begin in range(first, last + 1, CHUNK_RECORDS):
@@ -26,6 +26,20 @@ def entries(reader: Reader, cursor: Cursor) -> Iterator[Entry]:
             lines = reader.get(numbers)
         for number, line in zip(numbers, lines, strict=True):
             yield Entry(reader.key_name(number), None if line is None else as_bytes(line))
+    for number, line in _ahead(reader, last):
+        yield Entry(reader.key_name(number), None if line is None else as_bytes(line))
+
+
+def _ahead(reader: Reader, last: int) -> list[tuple[int, Any]]:
+    """Records that stand behind the last one, up to the last of those that exist."""
+    # What a killed compaction has left is passed over, and removed by the next one.
+    stale = int(reader.connection.ask(lambda door: door.command("GET", reader.keys.stale)) or -1)
+    numbers = range(max(last, stale) + 1, last + 1 + _BEYOND_MAX)
+    with reader.connection.mutex:
+        found = list(zip(numbers, reader.get(numbers), strict=True))
+    while found and found[-1][1] is None:
+        found.pop()
+    return found
 
 
 def facts(reader: Reader) -> dict[str, Any]:
@@ -43,17 +57,12 @@ def facts(reader: Reader) -> dict[str, Any]:
 def findings(reader: Reader, snapshots: Snapshots) -> Iterator[Finding]:
     """See ``Inspectable``: what is beside the records."""
     last = reader.connection.ask(reader.last_number)
-    with reader.connection.mutex:
-        beyond = reader.get(range(last + 1, last + 1 + _BEYOND_MAX))
-    # What a killed compaction has left is passed over, and removed by the next one.
-    stale = int(reader.connection.ask(lambda door: door.command("GET", reader.keys.stale)) or -1)
-    ahead = [last + 1 + n for n, line in enumerate(beyond) if line is not None]
-    ahead = [number for number in ahead if number > stale]
+    ahead = _ahead(reader, last)
     if ahead:
         yield Finding(
             "counter-behind",
             reader.connection.name,
-            f"The counter says {last}, but there are records up to {ahead[-1]}; new records "
+            f"The counter says {last}, but there are records up to {ahead[-1][0]}; new records "
             "would overwrite them.",
         )
     stored = reader.connection.ask(lambda door: door.command("GET", reader.keys.snapshot))

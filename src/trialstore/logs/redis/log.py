@@ -27,6 +27,7 @@ Source: docs/formats/redis.md; Optuna ``JournalRedisBackend``; Redis "Scripting 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import json
 import os
@@ -50,6 +51,7 @@ from trialstore.logs.redis.connection import Connection
 from trialstore.logs.redis.doors import run, send_one
 from trialstore.logs.redis.keys import Keys
 from trialstore.logs.redis.leases import Leases
+from trialstore.logs.redis.listening import Ear
 from trialstore.logs.redis.locks import RELEASE_SCRIPT
 from trialstore.logs.redis.position import BEGIN, Position, position_after, tail_of
 from trialstore.logs.redis.reading import ANSWER_RECORDS, Reader
@@ -116,6 +118,9 @@ class RedisLog(BaseJournalBackend):
     def _begin(self) -> None:
         """The state of a log that has nothing open in this process."""
         self._keys = Keys(self._prefix)
+        keys = self._keys
+        names = (keys.number, keys.complete, keys.leases, keys.stale, keys.turn, keys.records)
+        self._script_keys = (b"5", *(name.encode() for name in names))
         self._connection = Connection(
             self._url, self._use_cluster, self._keys, self._durability, self._clock, self._password
         )
@@ -342,13 +347,7 @@ class RedisLog(BaseJournalBackend):
         self, position: Position, lines: list[bytes], owners: Sequence[str], alone: bool
     ) -> tuple[bytes, int, Any]:
         args = (
-            5,
-            self._keys.number,
-            self._keys.complete,
-            self._keys.leases,
-            self._keys.stale,
-            self._keys.turn,
-            self._keys.records,
+            *self._script_keys,
             position.number,
             position.tail.encode("latin-1"),
             position.identity.encode("latin-1"),
@@ -358,10 +357,16 @@ class RedisLog(BaseJournalBackend):
             *owners,
             *lines,
         )
-        status, number, found = self._connection.ask(
+        answer: bytes = self._connection.ask(
             lambda door: run(door, _EXCHANGE, args), appends=bool(lines)
         )
-        return status, number, found
+        head, _, records = answer.partition(b"\n")
+        status, number, count = head.split(b" ")
+        found = records.split(b"\n") if int(count) else []
+        if len(found) != int(count):
+            # Somebody else's record has a newline in it.
+            found = self._reader.read(position.number, position.number + int(count) - 1)
+        return status, int(number), found
 
     def _moved(self, position: Position) -> Position:
         """A position in the journal that this one was compacted from, as one of this one.
@@ -411,6 +416,14 @@ class RedisLog(BaseJournalBackend):
         """See ``LeaseStore``, and ``renew_lease``."""
         with self._connection.mutex:
             return self._leases.expired(running, grace_period_s)
+
+    # --- Audible -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Callable[[float], None]]:
+        """See ``Audible``. Told by the server; in a cluster it only sleeps."""
+        with contextlib.closing(Ear(self._connection)) as ear:
+            yield ear.wait
 
     # --- SnapshotStore, CompactableLog and TrimmableLog --------------------------------------
 

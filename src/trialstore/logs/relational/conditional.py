@@ -18,18 +18,17 @@ Source: docs/formats/tables.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Set
 
 from trialstore.log import Batch, Decide, Wanted
+from trialstore.logs.relational.callers import Callers
+from trialstore.logs.relational.connection import Connection
 from trialstore.logs.relational.cursor import Studies
-from trialstore.logs.relational.dialects import Session, Step
 from trialstore.logs.relational.exchange import Exchange
 from trialstore.logs.relational.limits import check_values
 from trialstore.logs.relational.reading import Reading, Written
+from trialstore.logs.relational.session import Session, Step
 from trialstore.logs.relational.verdicts import Touched
-
-if TYPE_CHECKING:
-    from trialstore.logs.relational.log import TablesLog
 
 
 class _Undecided(Exception):
@@ -43,8 +42,16 @@ class _Undecided(Exception):
 class ConditionalExchange(Exchange):
     """One conditional exchange, from its first attempt to its answer."""
 
-    def __init__(self, log: TablesLog, decide: Decide, before: Studies, wanted: Wanted) -> None:
-        super().__init__(log, [], before, wanted)
+    def __init__(
+        self,
+        connection: Connection,
+        leased: Set[str],
+        callers: Callers,
+        decide: Decide,
+        before: Studies,
+        wanted: Wanted,
+    ) -> None:
+        super().__init__(connection, leased, callers, [], before, wanted)
         self.splits = False  # what is decided on is the whole truth
         self._decide = decide
 
@@ -53,14 +60,10 @@ class ConditionalExchange(Exchange):
             return super().run()
         except _Undecided as undecided:
             error = undecided.error
-        except BaseException as interruption:
-            if not isinstance(interruption, Exception):
-                self.log._disconnect()  # the locks must not outlive it
-            raise
         raise error
 
     def _attempt(self) -> Batch:
-        session = self.log._connected()
+        session = self.connection.session()
         if self.sent:
             self._recover(session)
         if self.outcomes is None:
@@ -79,11 +82,11 @@ class ConditionalExchange(Exchange):
     def _settle_records(self, session: Session) -> None:
         """Begin, and have it decided what to write; the transaction stays open."""
         d, w = self.dialect, self.wanted
-        studies = {*w.studies, *w.trials_of, *w.waiting_of}
+        studies = {*w.studies, *w.trials_of, *w.waiting_of, *w.next_of}
         studies |= {one for one, _ in (*w.numbers, *w.params)}
         locked = set(w.trials)
         self.has_begun = False
-        self.log._be_durable(session, True)
+        self.connection.be_durable(session, True)
         locks = [d.begin_write, *self._locks(studies, locked)]
         while True:
             reading = self._look(session, locks)

@@ -50,6 +50,7 @@ class StudyCursor(msgspec.Struct, frozen=True, array_like=True):
         held: Ids of trials that were RUNNING when last seen.
         waiting: Ids of trials sent as WAITING, from and to, both included.
         probe: Where ids are used again.
+        has_gaps: Whether ``waiting`` holds ids of which nothing is known, too.
     """
 
     name: str
@@ -61,6 +62,7 @@ class StudyCursor(msgspec.Struct, frozen=True, array_like=True):
     held: tuple[int, ...] = ()
     waiting: Ranges = ()
     probe: Probe | None = None
+    has_gaps: bool = False
 
     def holds(self, trial_id: int) -> bool:
         """Whether it is among the trials that were unfinished when last seen."""
@@ -108,8 +110,8 @@ def without_ids(ranges: Ranges, ids: Iterable[int]) -> Ranges:
     return tuple(result)
 
 
-def with_ids(ranges: Ranges, ids: Iterable[int]) -> Ranges:
-    """The ranges with some ids put in."""
+def with_ids(ranges: Ranges, ids: Iterable[int]) -> tuple[Ranges, bool]:
+    """The ranges with some ids put in, and whether others came in with them."""
     parts = sorted([*ranges, *((one, one) for one in ids)])
     result: list[tuple[int, int]] = []
     for low, high in parts:
@@ -117,11 +119,30 @@ def with_ids(ranges: Ranges, ids: Iterable[int]) -> Ranges:
             result[-1] = (result[-1][0], max(result[-1][1], high))
         else:
             result.append((low, high))
+    are_merged = len(result) > RANGES_MAX
     while len(result) > RANGES_MAX:
         gaps = [(result[i + 1][0] - result[i][1], i) for i in range(len(result) - 1)]
         for i in sorted((i for _, i in sorted(gaps)[: len(result) - RANGES_MAX]), reverse=True):
             result[i : i + 2] = [(result[i][0], result[i + 1][1])]
-    return tuple(result)
+    return tuple(result), are_merged
+
+
+def n_ids(ranges: Ranges) -> int:
+    """How many ids are in ranges."""
+    return sum(high - low + 1 for low, high in ranges)
+
+
+def split(ranges: Ranges, count: int) -> tuple[Ranges, Ranges]:
+    """The first ``count`` ids, and the others."""
+    first: list[tuple[int, int]] = []
+    for at, (low, high) in enumerate(ranges):
+        if high - low + 1 > count:
+            if count:
+                first.append((low, low + count - 1))
+            return tuple(first), ((low + count, high), *ranges[at + 1 :])
+        first.append((low, high))
+        count -= high - low + 1
+    return ranges, ()
 
 
 def holds_id(ranges: Ranges, one: int) -> bool:

@@ -1,9 +1,8 @@
 """Every question about which database and which driver it is, answered in one place.
 
-A ``Dialect`` renders what differs in SQL and compiles statements. A ``Session`` wraps one
-connection of the driver and runs steps on it: in one message where the driver allows, else one
-after the other. ``Dialect.fault`` sorts a driver's errors into the few kinds that the log treats
-differently.
+A ``Dialect`` renders what differs in SQL and compiles statements. Its ``session_type`` runs them
+on a connection of the driver: in one message where it allows, else one after the other.
+``Dialect.fault`` sorts a driver's errors into the few kinds that the log treats differently.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import contextlib
 from datetime import datetime, timezone
 import enum
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import (
     mysql as mysql_sql,
@@ -24,35 +22,11 @@ from sqlalchemy.dialects import (
 )
 from sqlalchemy.engine import Engine
 
+from trialstore.logs.relational import tables as t
+from trialstore.logs.relational.message import MessageSession
+from trialstore.logs.relational.session import Compiled, Rows, Server, Session, Step, plain
 from trialstore.logs.relational.write_queue import WriteQueue
 from trialstore.records import STORES_UTC, parse_time
-
-
-class Compiled(NamedTuple):
-    """The text of a statement for a driver, and the names of its arguments in their order."""
-
-    sql: str
-    names: tuple[str, ...]
-    columns: int
-    """How many columns it answers; 0 for a write."""
-
-
-class Step(NamedTuple):
-    """One statement of an exchange with its arguments."""
-
-    statement: Compiled
-    args: tuple[Any, ...]
-
-    def unread(self) -> Step:
-        """The same for its effect alone, in its place, whatever it answers."""
-        return Step(self.statement._replace(columns=0), self.args)
-
-
-def plain(sql: str) -> Step:
-    return Step(Compiled(sql, (), 0), ())
-
-
-Rows = list[Any]
 
 
 class Fault(enum.Enum):
@@ -68,29 +42,9 @@ class Fault(enum.Enum):
     OTHER = "anything else"
 
 
-class Session:
-    """One connection, in the driver's autocommit; transactions are statements like others."""
-
-    def __init__(self, raw: Any, dialect: Dialect) -> None:
-        self.raw = raw
-        self.dialect = dialect
-
-    def run(self, steps: Sequence[Step]) -> list[Rows]:
-        """The rows that each step answers (none for writes), one step after the other."""
-        answers: list[Rows] = []
-        cursor = self.raw.cursor()
-        for statement, args in steps:
-            cursor.execute(statement.sql, args)
-            answers.append(cursor.fetchall() if statement.columns else [])
-        cursor.close()
-        return answers
-
-    def rollback(self) -> None:
-        """End a transaction that failed; nothing of it stays."""
-        self.raw.cursor().execute("ROLLBACK")
-
-    def close(self) -> None:
-        self.raw.close()
+_COMPILED: Final[dict[type[Any], dict[Any, Compiled]]] = {}
+"""By SQLAlchemy's dialect. For the whole process: compiling what it takes to open a study costs as
+much as reading two hundred trials."""
 
 
 class Dialect:
@@ -100,12 +54,17 @@ class Dialect:
     paramstyle = "format"
     one_message = True
     """Whether ``Session.run`` sends all steps in one message."""
+    answers_each = True
+    """Whether each step of a message is answered in its place, not all after COMMIT."""
     keeps_marks = True
     ids_reused = False
     begin_write = plain("BEGIN")
     begin_read: Step | None = None
     """None where each statement may be a transaction of its own."""
     commit = plain("COMMIT")
+    others_wrote: Step | None = None
+    """Asks for a number that stays the same until another connection commits something; None
+    where the database does not tell."""
     integer_max = 2**31 - 1
     nul_in_text = True
     whole_seconds = False
@@ -117,7 +76,8 @@ class Dialect:
     def __init__(self, engine: Engine) -> None:
         sql_dialect: Any = type(engine.dialect)
         self._sql: Any = sql_dialect(paramstyle=self.paramstyle)
-        self._compiled: dict[Any, Compiled] = {}
+        self._compiled = _COMPILED.setdefault(sql_dialect, {})
+        self._server = Server()
 
     # --- compilation ---
 
@@ -168,9 +128,9 @@ class Dialect:
     def same_text(self, column: Any, value: Any) -> Any:
         return column == value
 
-    def divide(self, value: Any, by: Any) -> Any:
-        """An error where ``by`` is 0."""
-        return value / by
+    def value_if(self, condition: Any, value: Any) -> Any:
+        """A number for a column that takes no NULL; an error where the condition fails."""
+        return sa.case((condition, value))
 
     def concat(self, *parts: Any) -> Any:
         joined: Any = sa.func.coalesce(parts[0], sa.literal_column("''"))
@@ -205,9 +165,20 @@ class Dialect:
     def or_ignore(self, table: sa.Table, values: dict[str, Any], unique: Any) -> Any:
         raise NotImplementedError
 
-    def upsert(self, table: sa.Table, names: list[str], source: Any, keys: int) -> Any:
-        """Insert, or replace what stands under the first ``keys`` columns, keeping its row id."""
+    def upsert(
+        self, table: sa.Table, names: list[str], source: Any, keys: int, *, fence: str = ""
+    ) -> Any:
+        """Insert, or replace what stands under the first ``keys`` columns, keeping its row id; an
+        error where the column ``fence`` would not become greater."""
         raise NotImplementedError
+
+    def _replaced(self, made: Any, table: sa.Table, names: list[str], fence: str) -> Any:
+        """What ``names`` become where a row stands."""
+        new = {name: made.excluded[name] for name in names}
+        if fence:
+            greater = made.excluded[fence]
+            new[fence] = self.value_if(table.c[fence] < greater, greater)
+        return new
 
     # --- values ---
 
@@ -223,6 +194,10 @@ class Dialect:
 
     def prepare(self, raw: Any) -> None:
         """Bring a fresh connection into the state that ``Session`` expects."""
+
+    def session(self, raw: Any) -> Session:
+        """What runs steps on a connection of the driver."""
+        return self.session_type(raw, self._server)
 
     def engine_options(self, url: sa.URL, options: dict[str, Any]) -> dict[str, Any]:
         """The user's ``engine_kwargs`` and what we need beside them."""
@@ -305,15 +280,15 @@ def is_local(path: Path) -> bool:
 class QueueingSession(Session):
     """Writes in its turn among those of ours that wait for the file."""
 
-    def __init__(self, raw: Any, dialect: Dialect) -> None:
-        super().__init__(raw, dialect)
+    def __init__(self, raw: Any, server: Server) -> None:
+        super().__init__(raw, server)
         path = raw.execute("PRAGMA database_list").fetchone()[2]
         self._queue = WriteQueue(Path(path)) if path and is_local(Path(path)) else None
 
     def run(self, steps: Sequence[Step]) -> list[Rows]:
         if self._queue is None:
             return super().run(steps)
-        if steps and steps[0] is self.dialect.begin_write:
+        if steps and steps[0] is SQLite.begin_write:
             self._queue.enter()
         try:
             return super().run(steps)
@@ -349,6 +324,7 @@ class SQLite(Dialect):
     # fails at once, whatever the timeout, if somebody wrote in between.
     begin_write = plain("BEGIN IMMEDIATE")
     begin_read = plain("BEGIN")
+    others_wrote = Step(Compiled("PRAGMA data_version", (), 1), ())
     integer_max = 2**63 - 1
     whole_seconds = True
 
@@ -372,14 +348,19 @@ class SQLite(Dialect):
     def aggregate(self, column: Any) -> Any:
         return sa.func.group_concat(column, sa.literal_column("','"))
 
+    def days_ago(self, days: int) -> Any:
+        return sa.literal_column(f"datetime('now', '-{days} days')")
+
     def or_ignore(self, table: sa.Table, values: dict[str, Any], unique: Any) -> Any:
         made = sqlite_sql.insert(table).values(values)
         return made.on_conflict_do_nothing(index_elements=[unique])
 
-    def upsert(self, table: sa.Table, names: list[str], source: Any, keys: int) -> Any:
+    def upsert(
+        self, table: sa.Table, names: list[str], source: Any, keys: int, *, fence: str = ""
+    ) -> Any:
         made = sqlite_sql.insert(table).from_select(names, source)
         return made.on_conflict_do_update(
-            index_elements=names[:keys], set_={n: made.excluded[n] for n in names[keys:]}
+            index_elements=names[:keys], set_=self._replaced(made, table, names[keys:], fence)
         )
 
     def engine_options(self, url: sa.URL, options: dict[str, Any]) -> dict[str, Any]:
@@ -397,6 +378,8 @@ class SQLite(Dialect):
             return Fault.AGAIN
         if "no such table" in text:
             return Fault.NO_TABLE
+        if f"NOT NULL constraint failed: {t.sessions.name}.seq" in text:
+            return Fault.FENCED
         if "already exists" in text:
             return Fault.EXISTS
         return Fault.OTHER
@@ -406,8 +389,8 @@ class SQLite(Dialect):
 
 _POSTGRESQL_FAULTS: Final = _code_table(
     (Fault.AGAIN, "40001 40P01 55P03 23503"),
-    # 26000: psycopg takes a statement for prepared that a failed pipeline did not come to.
-    (Fault.LOST, "57P01 57P02 57P03 57P05 25P03 25P04 26000"),
+    # 26000 42P05: a prepared statement is not where it was, or is where it was not.
+    (Fault.LOST, "57P01 57P02 57P03 57P05 25P03 25P04 26000 42P05"),
     (Fault.FENCED, "22012"),
     (Fault.NO_TABLE, "42P01"),
     (Fault.DENIED, "42501 25006"),
@@ -419,6 +402,7 @@ class PostgreSQL(Dialect):
     """What both drivers share. Parameters get types, because a SELECT list infers none."""
 
     name = "postgresql"
+    paramstyle = "numeric_dollar"
     nul_in_text = False
 
     def text_arg(self, value: Any) -> Any:
@@ -446,17 +430,21 @@ class PostgreSQL(Dialect):
     def since_beat_s(self, column: Any) -> Any:
         return sa.extract("epoch", self.beat_time() - column)
 
-    def divide(self, value: Any, by: Any) -> Any:
-        return sa.cast(value, sa.BigInteger).op("/")(by)
+    def value_if(self, condition: Any, value: Any) -> Any:
+        one: Any = sa.literal_column("1")
+        zero: Any = sa.literal_column("0")
+        return sa.cast(value, sa.BigInteger).op("/")(sa.case((condition, one), else_=zero))
 
     def or_ignore(self, table: sa.Table, values: dict[str, Any], unique: Any) -> Any:
         made = postgresql_sql.insert(table).values(values)
         return made.on_conflict_do_nothing(index_elements=[unique])
 
-    def upsert(self, table: sa.Table, names: list[str], source: Any, keys: int) -> Any:
+    def upsert(
+        self, table: sa.Table, names: list[str], source: Any, keys: int, *, fence: str = ""
+    ) -> Any:
         made = postgresql_sql.insert(table).from_select(names, source)
         return made.on_conflict_do_update(
-            index_elements=names[:keys], set_={n: made.excluded[n] for n in names[keys:]}
+            index_elements=names[:keys], set_=self._replaced(made, table, names[keys:], fence)
         )
 
     def fault(self, error: BaseException) -> Fault:
@@ -476,72 +464,19 @@ class PostgreSQL(Dialect):
         return Fault.VALUE if code.startswith("22") else Fault.OTHER
 
 
-class PipelineSession(Session):
-    """psycopg: all steps go out at once, answers come back together."""
-
-    def run(self, steps: Sequence[Step]) -> list[Rows]:
-        raw = self.raw
-        cursors = []
-        first: Exception | None = None
-        try:
-            with raw.pipeline():
-                try:
-                    for statement, args in steps:
-                        cursor = raw.cursor()
-                        cursor.execute(statement.sql, args)
-                        cursors.append(cursor)
-                except Exception as error:
-                    # Let through, it would be logged together with what follows from it.
-                    first = error
-        except Exception as error:
-            raise first or error from None
-        if first is not None:
-            raise first
-        return [
-            cursor.fetchall() if step.statement.columns else []
-            for cursor, step in zip(cursors, steps, strict=True)
-        ]
-
-
 class Psycopg(PostgreSQL):
-    session_type = PipelineSession
+    def session(self, raw: Any) -> Session:
+        from trialstore.logs.relational.pipeline import PipelineSession
+
+        return PipelineSession(raw, self._server)
 
     def prepare(self, raw: Any) -> None:
         raw.autocommit = True
 
 
-class MessageSession(Session):
-    """psycopg2: one text of many statements, whose last answers for all that read.
-
-    libpq gives the driver only the last answer of a message, so every read becomes one element of
-    a JSON array that the last statement returns.
-    """
-
-    def run(self, steps: Sequence[Step]) -> list[Rows]:
-        cursor = self.raw.cursor()
-        writes: list[bytes] = []
-        reads: list[bytes] = []
-        for statement, args in steps:
-            sql = cursor.mogrify(statement.sql, args or None)
-            if not statement.columns:
-                writes.append(sql)
-                continue
-            names = ",".join(f"c{i}" for i in range(statement.columns)).encode()
-            reads.append(
-                b"(SELECT coalesce(json_agg(json_build_array(%s)),'[]') FROM (%s) AS s(%s))"
-                % (names, sql, names)
-            )
-        if reads:
-            writes.append(b"SELECT json_build_array(%s)::text" % b",".join(reads))
-        cursor.execute(b";".join(writes))
-        answered = msgspec.json.decode(cursor.fetchone()[0]) if reads else []
-        cursor.close()
-        rest = iter(answered)
-        return [next(rest) if step.statement.columns else [] for step in steps]
-
-
 class Psycopg2(PostgreSQL):
     session_type = MessageSession
+    answers_each = False
 
     def prepare(self, raw: Any) -> None:
         raw.autocommit = True
@@ -597,12 +532,6 @@ class MySQL(Dialect):
         # The collation holds "LR" and "lr" equal; the second condition uses no index.
         return sa.and_(column == value, sa.func.binary(column) == sa.func.binary(value))
 
-    def divide(self, value: Any, by: Any) -> Any:
-        # A division by zero is NULL here, which the column refuses.
-        return sa.func.nullif(
-            value, sa.case((by == sa.literal_column("0"), value), else_=sa.literal_column("-1"))
-        )
-
     def concat(self, *parts: Any) -> Any:
         return sa.func.concat_ws(
             sa.literal_column("';'"),
@@ -622,7 +551,9 @@ class MySQL(Dialect):
         made = mysql_sql.insert(table).values(values)
         return made.on_duplicate_key_update({unique.name: unique})
 
-    def upsert(self, table: sa.Table, names: list[str], source: Any, keys: int) -> Any:
+    def upsert(
+        self, table: sa.Table, names: list[str], source: Any, keys: int, *, fence: str = ""
+    ) -> Any:
         made = mysql_sql.insert(table).from_select(names, source)
         key = names[keys - 1]
         update: dict[str, Any] = {}
@@ -633,6 +564,10 @@ class MySQL(Dialect):
                 update[name] = sa.literal_column(
                     f"IF(BINARY {table.name}.`{key}` = BINARY VALUES(`{key}`), "
                     f"VALUES(`{name}`), (SELECT 1 UNION SELECT 2))"
+                )
+            elif name == fence:
+                update[name] = sa.literal_column(  # which takes no NULL
+                    f"IF({table.name}.`{name}` < VALUES(`{name}`), VALUES(`{name}`), NULL)"
                 )
             else:
                 update[name] = sa.literal_column(f"VALUES(`{name}`)")

@@ -12,7 +12,7 @@ An exchange that writes goes like this::
 Between any two of these lines a crash leaves nothing behind but, after COMMIT, everything. What
 is read comes after the commit, so that no lock is held while rows are on their way; it is a
 moment after the exchange began, which is all that was promised. (On SQLite, without a way to go,
-it comes before.)
+it comes before; and while nobody else writes to the file, nothing is read at all.)
 
 A lost answer to COMMIT is settled by the mark (``trialstore_sessions``): its row is updated in
 the same transaction, so it tells whether that one happened, and the facts in it tell the
@@ -23,8 +23,9 @@ Source: docs/formats/tables.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Sequence, Set
+import itertools
+from typing import Any, Final
 
 import msgspec
 
@@ -32,16 +33,17 @@ from trialstore import records as r
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import Batch, Wanted
 from trialstore.logs.relational import statements as s, tables as t
+from trialstore.logs.relational.callers import Callers
+from trialstore.logs.relational.connection import Connection
 from trialstore.logs.relational.cursor import Studies
-from trialstore.logs.relational.dialects import Dialect, Fault, Rows, Session, Step
+from trialstore.logs.relational.dialects import Dialect, Fault
 from trialstore.logs.relational.limits import refusal
 from trialstore.logs.relational.reading import Reading, Written
+from trialstore.logs.relational.session import Rows, Session, Step
+from trialstore.logs.relational.undisturbed import Created, Standing
 from trialstore.logs.relational.verdicts import Facts, Touched
-from trialstore.logs.relational.writing import runs, writes, writes_together
+from trialstore.logs.relational.writing import is_bare, runs, writes, writes_together
 from trialstore.records import Operation, Outcome
-
-if TYPE_CHECKING:
-    from trialstore.logs.relational.log import TablesLog
 
 _KNOWN: Final = "outcomes:"
 """Begins a mark that holds the outcomes themselves, not the facts that they follow from."""
@@ -56,10 +58,20 @@ class Exchange:
     """One exchange, from its first attempt to its answer."""
 
     def __init__(
-        self, log: TablesLog, records: list[Operation], before: Studies, wanted: Wanted
+        self,
+        connection: Connection,
+        leased: Set[str],
+        callers: Callers,
+        records: list[Operation],
+        before: Studies,
+        wanted: Wanted,
     ) -> None:
-        self.log = log
-        self.dialect = log._dialect
+        self.connection = connection
+        self.leased = leased
+        """Owners whose trials are covered by a lease."""
+        self.callers = callers
+        """For whom the records are sent."""
+        self.dialect = connection.dialect
         self.records = records
         self.before = before
         self.wanted = wanted
@@ -73,6 +85,8 @@ class Exchange:
         self._numbers: list[tuple[int, int, int]] = []
         """Place among the records, study and number of trials whose ids are not known yet."""
 
+        self.tried = False
+        """Whether this is not the first attempt."""
         self.sent = False
         """Whether a COMMIT is out whose answer we don't have."""
         self.marked = False
@@ -81,35 +95,106 @@ class Exchange:
         """Whether a message was refused, so that we look for the record that was at fault."""
         self.has_begun = False
         """Whether the transaction is open already."""
+        self.version: int | None = None
+        """Of the file in this transaction, where the database tells."""
 
     def run(self) -> Batch:
         try:
-            return self.log._persistently(self._attempt)
+            return self.connection.persistently(self._attempt)
         except LogUnavailableError as error:
             if not self.sent:
                 raise
             # The next exchange must not be taken for this one's second try.
-            self.log._renew_session()
+            self.connection.renew_session()
             raise OutcomeUnknownError(
-                f"{self.log!r} did not answer a COMMIT and could not be asked since whether it "
-                f"happened; look at the study before repeating the call. {error.__cause__!r:.200}"
+                f"{self.connection!r} did not answer a COMMIT and could not be asked since "
+                "whether it happened; look at the study before repeating the call. "
+                f"{error.__cause__!r:.200}"
             ) from error.__cause__
+        except BaseException as error:
+            if self.sent and not isinstance(error, Exception):
+                self.connection.renew_session()  # an interrupt; the same holds
+            raise
 
     def _attempt(self) -> Batch:
-        session = self.log._connected()
+        session = self.connection.session()
         if self.sent:
             self._recover(session)
+        if self.tried and self.outcomes is None:
+            self.callers.check(session)
+        self.tried = True
+        if not self.records and not self.wanted_anything():
+            return Batch(outcomes=[], news=[], cursor=self.before)
+        stood, self.connection.standing = self.connection.standing, None
+        self.version = None
+        if stood is not None:
+            batch = self._undisturbed(session, stood)
+            if batch is not None:
+                return batch
         if not self.records or self.outcomes is not None:
             reading = self._read(session)
         elif self._fits_one_message():
             reading = self._write_and_read(session)
         else:
             reading = self._write_stepwise(session)
+        cursor = reading.cursor()
+        if self.version is not None and not reading.more:
+            still = None if self.records else stood
+            self.connection.standing = Standing.after_reading(
+                self.version, cursor, self.wanted, reading.trials.values(), still
+            )
         return Batch(
-            outcomes=self.outcomes or [],
-            news=reading.news(),
-            cursor=reading.cursor(),
-            more=reading.more,
+            outcomes=self.outcomes or [], news=reading.news(), cursor=cursor, more=reading.more
+        )
+
+    # --- while nobody else writes ---
+
+    def _undisturbed(self, session: Session, stood: Standing) -> Batch | None:
+        """The exchange without reading anything; None if that would not be the truth.
+
+        It has begun a transaction then, where it was to write one.
+        """
+        d, connection = self.dialect, self.connection
+        asks = connection.others_wrote
+        if asks is None or stood.cursor is not self.before or not stood.covers(self.wanted):
+            return None
+        if not self.records:
+            if session.run([asks])[0][0][0] != stood.version:
+                return None
+            connection.standing = stood
+            return Batch(outcomes=[], news=[], cursor=self.before)
+        if not stood.allows(self.records):
+            return None
+        self._begin(session)
+        if self.version != stood.version:
+            return None
+        steps: list[Step] = []
+        asked: list[tuple[r.CreateTrial, int]] = []
+        for run in runs(self.records):
+            record, known = run[0], self._known(run[0])
+            if len(run) > 1:
+                steps.append(writes_together(d, run))
+                continue
+            steps += writes(d, record, known, self.leased)
+            if isinstance(record, r.CreateTrial):
+                asked.append((record, len(steps)))
+                steps.append(d.step(s.newest_trial, study_id=record.study_id, known=known))
+        answers = session.run(steps)
+        created = [Created(record, *answers[place][0]) for record, place in asked]
+        ids = iter(created)
+        outcomes = [
+            Outcome(r.Verdict.ACCEPTED, next(ids).trial_id)
+            if isinstance(record, r.CreateTrial)
+            else r.ACCEPTED
+            for record in self.records
+        ]
+        session.run([*self.callers.keep(self.records, outcomes), d.commit])
+        self._committed()
+        connection.standing = stood
+        return Batch(
+            outcomes=outcomes,
+            news=stood.advance(d, self.records, created),
+            cursor=stood.cursor,
         )
 
     # --- the mark ---
@@ -120,31 +205,32 @@ class Exchange:
         Reading the mark waits for a transaction of ours that the server may still be busy with.
         One that has yet to arrive there is turned away by the fence in ``statements.mark``.
         """
-        d, log = self.dialect, self.log
+        d, connection = self.dialect, self.connection
         if not self.marked:
             self.sent = False
-            log._renew_session()
+            connection.renew_session()
             raise OutcomeUnknownError(
-                f"{log!r} did not answer a COMMIT, and there is no table {t.sessions.name} to "
-                "ask whether it happened; let the user create it, or look at the study."
+                f"{connection!r} did not answer a COMMIT, and there is no table "
+                f"{t.sessions.name} to ask whether it happened; let the user create it, or look "
+                "at the study."
             )
-        steps = [d.begin_write, d.step(s.await_mark, session=log._session_id), d.commit]
+        steps = [d.begin_write, d.step(s.await_mark, session=connection.session_id), d.commit]
         rows = session.run(steps)[1]
         seq, facts, number = self._mark_in(rows)
         self.sent = False
-        if seq == log._seq + 1:
-            log._seq = seq
+        if seq == connection.seq + 1:
+            connection.seq = seq
             self._settle(facts, number)
 
     def _mark_in(self, rows: Rows) -> tuple[int, str, int | None]:
         """The session's row, which nobody but an administrator removes while it is in use."""
         if not rows:
-            self.log._renew_session()
+            self.connection.renew_session()
             raise OutcomeUnknownError(
-                f"{self.log!r}: the row in {t.sessions.name} that tells what became of a COMMIT "
-                "is gone; look at the study before repeating the call."
+                f"{self.connection!r}: the row in {t.sessions.name} that tells what became of a "
+                "COMMIT is gone; look at the study before repeating the call."
             )
-        seq, facts, number = rows[0]
+        seq, facts, number, *_ = rows[0]
         return seq, facts, number
 
     def _settle(self, facts: str, number: int | None) -> None:
@@ -161,6 +247,7 @@ class Exchange:
         """Outcomes of one message; ids of created trials come with their images."""
         outcomes, wrote = [], self._message_written()
         wrote.deleted = []
+        wrote.is_bare = False  # once the answer is lost, they are read like any others
         self.written = wrote
         self._numbers = []
         made = 0
@@ -198,7 +285,7 @@ class Exchange:
 
     def _fits_one_message(self) -> bool:
         """Whether nothing that is written depends on something read here before."""
-        if not (self.dialect.one_message and self.log._has_mark) or self.stepwise:
+        if not (self.dialect.one_message and self.connection.has_mark) or self.stepwise:
             return False
         touched = Touched(self.records)
         return (
@@ -210,37 +297,55 @@ class Exchange:
 
     def _message_written(self) -> Written:
         """What the records do if all are accepted, which is what is asked about afterwards."""
-        wrote = Written(session=self.log._session_id)
+        wrote = Written(session=self.connection.session_id)
         for record in self.records:
             if isinstance(record, r.CreateStudy):
                 wrote.names.append(record.study_name)
             elif isinstance(record, r.CreateTrial):
                 known, count = wrote.created.get(record.study_id, (self._known(record), 0))
                 wrote.created[record.study_id] = (known, count + 1)
+                wrote.is_bare = is_bare(record) and (wrote.is_bare or not count)
             elif isinstance(record, r.SetTrialStateValues) and record.state == r.RUNNING:
                 wrote.trials.append(record.trial_id)
         return wrote
 
     def _write_and_read(self, session: Session) -> Reading:
-        d, log = self.dialect, self.log
+        d, connection = self.dialect, self.connection
         touched = Touched(self.records)
         steps = [] if self.has_begun else [d.begin_write]
         steps += [d.step(s.insert_study, name=name) for name in touched.names]
         steps += self._locks(set(touched.numbered), set(touched.trials))
-        args: dict[str, Any] = {"session": log._session_id, "seq": log._seq + 1}
+        # Who has nothing but trials to be told of has all facts from the rows that it locks.
+        facts_at = None
+        if d.answers_each and touched.trials and not (touched.studies or touched.names):
+            facts_at = len(steps) - 1
+            steps[facts_at] = self._lock(s.lock_trials, touched.trials)
+        args: dict[str, Any] = {"session": connection.session_id, "seq": connection.seq + 1}
         if touched.numbered:
             args["numbered_study"] = touched.numbered[0]
             args["known"] = self._known(r.DeleteStudy(worker_id="", study_id=touched.numbered[0]))
         steps.append(_facts_step(d, s.mark, touched, args, bool(touched.numbered)))
+        steps += self.callers.keep(self.records, None)
+        nth = itertools.count(1)
         for run in runs(self.records):
             if len(run) > 1:
                 steps.append(writes_together(d, run))
-            else:
-                steps += writes(d, run[0], self._known(run[0]), log.leased)
+                continue
+            numbered = None
+            if isinstance(run[0], r.CreateTrial):
+                numbered = connection.session_id, next(nth)
+            steps += writes(d, run[0], self._known(run[0]), self.leased, numbered)
         steps.append(d.commit)
-        steps.append(d.step(s.read_mark, session=log._session_id))
+        wrote = self._message_written()
+        mark: dict[str, Any] = {"session": connection.session_id}
+        if wrote.is_bare:
+            study_id, (known, count) = next(iter(wrote.created.items()))
+            mark.update(study_id=study_id, known=known, count=count)
+        if facts_at is None:
+            read_mark = s.read_mark_and_created if wrote.is_bare else s.read_mark
+            steps.append(d.step(read_mark, **mark))
         n_before = len(steps)
-        reading = Reading(d, log._decoder, self.before, self.wanted, self._message_written())
+        reading = Reading(d, connection.decoder, self.before, self.wanted, wrote)
         steps += reading.plan()
         if _text_length(steps) > _MESSAGE_LENGTH_MAX:
             return self._write_stepwise(session)
@@ -248,23 +353,28 @@ class Exchange:
         try:
             answers = session.run(steps)
         except Exception as error:
-            fault = log._fault(error)
+            fault = connection.fault(error)
             if fault is Fault.VALUE:
                 self.sent = False
                 self.stepwise = True
                 self.has_begun = False
-                log._rollback()
-                return self._write_stepwise(log._connected())
+                connection.rollback()
+                return self._write_stepwise(connection.session())
             if fault not in (Fault.LOST, Fault.FENCED):
                 self.sent = False
             raise
         self.sent = False
-        log._seq += 1
-        log.durable_commits += 1
-        _, facts, number = self._mark_in(answers[n_before - 1])
-        self._judge(Facts(facts), number)
-        for study_id in self.written.deleted:
-            reading.forget(study_id)
+        connection.seq += 1
+        connection.durable_commits += 1
+        if facts_at is None:
+            _, text, number = self._mark_in(answers[n_before - 1])
+            self._judge(Facts(text), number)
+        else:
+            self._judge(Facts.of_trials(answers[facts_at]), None)
+        for deleted in self.written.deleted:
+            reading.forget(deleted)
+        if wrote.is_bare and self._numbers:
+            reading.take_created(study_id, [row[3:] for row in answers[n_before - 1]])
         reading.take(answers[n_before:])
         return self._finish(session, reading)
 
@@ -288,35 +398,47 @@ class Exchange:
         """
         d = self.dialect
         self.written = Written()
-        durable = r.must_be_durable(self.records)
-        if not self.has_begun:
-            self.log._be_durable(session, durable)
-            session.run([d.begin_write])
+        if not self.has_begun and self.version is None:
+            self._begin(session)
         self._find_gone(session)
         outcomes: list[Outcome] = []
         for segment in _segments(self.records):
             self._write_segment(session, segment, outcomes)
         reading = self._answer(session) if d.name == "sqlite" else None
-        self._commit(session, outcomes, durable)
+        self._commit(session, outcomes)
         self.outcomes = outcomes
         return reading or self._read(session)
 
-    def _commit(self, session: Session, outcomes: list[Outcome], durable: bool) -> None:
-        last = [self.dialect.commit]
-        if self.log._has_mark:
+    def _begin(self, session: Session) -> None:
+        """Begin to write."""
+        self.connection.be_durable(session, r.must_be_durable(self.records))
+        self._start(session, self.dialect.begin_write)
+
+    def _start(self, session: Session, begin: Step) -> None:
+        asks = self.connection.others_wrote
+        answers = session.run([begin] if asks is None else [begin, asks])
+        if asks is not None:
+            self.version = answers[1][0][0]
+
+    def _commit(self, session: Session, outcomes: list[Outcome]) -> None:
+        last = [*self.callers.keep(self.records, outcomes), self.dialect.commit]
+        if self.connection.has_mark:
             text = msgspec.json.encode((outcomes, self.written)).decode()
-            args = {"session": self.log._session_id, "seq": self.log._seq + 1}
+            args = {"session": self.connection.session_id, "seq": self.connection.seq + 1}
             last.insert(0, self.dialect.step(s.mark_known, **args, facts=_KNOWN + text))
-        self.sent, self.marked = self.dialect.name != "sqlite", self.log._has_mark
+        self.sent, self.marked = self.dialect.name != "sqlite", self.connection.has_mark
         try:
             session.run(last)
         except Exception as error:
-            self.sent = self.sent and self.log._fault(error) in (Fault.LOST, Fault.FENCED)
+            self.sent = self.sent and self.connection.fault(error) in (Fault.LOST, Fault.FENCED)
             raise
         self.sent = False
-        self.log._seq += 1
-        if durable:
-            self.log.durable_commits += 1
+        self._committed()
+
+    def _committed(self) -> None:
+        self.connection.seq += 1
+        if r.must_be_durable(self.records):
+            self.connection.durable_commits += 1
 
     def _write_segment(
         self, session: Session, records: list[Operation], outcomes: list[Outcome]
@@ -356,15 +478,15 @@ class Exchange:
         try:
             return self._write_one(session, record)
         except Exception as error:
-            if self.log._fault(error) is Fault.VALUE:
-                raise ValueError(refusal(record, self.log._clean(error))) from error
+            if self.connection.fault(error) is Fault.VALUE:
+                raise ValueError(refusal(record, self.connection.clean(error))) from error
             raise
 
     def _write_one(self, session: Session, record: Operation) -> Outcome:
         """Write an accepted operation whose locks are held."""
         d = self.dialect
         known = self._known(record)
-        steps = writes(d, record, known, self.log.leased)
+        steps = writes(d, record, known, self.leased)
         if isinstance(record, r.CreateTrial):
             steps.append(d.step(s.newest_trial, study_id=record.study_id, known=known))
             trial_id, _ = session.run(steps)[-1][0]
@@ -394,10 +516,13 @@ class Exchange:
             return []  # BEGIN IMMEDIATE holds everything.
         for name, ids in ((s.lock_studies, studies), (s.lock_trials, trials)):
             if ids:
-                args: dict[str, Any] = {}
-                n = s.pad("id", sorted(ids), args)
-                steps.append(d.step(name, n, **args).unread())
+                steps.append(self._lock(name, sorted(ids)).unread())
         return steps
+
+    def _lock(self, statement: Callable[..., Any], ids: Sequence[int]) -> Step:
+        args: dict[str, Any] = {}
+        n = s.pad("id", ids, args)
+        return self.dialect.step(statement, n, **args)
 
     def _judged_params(self, records: list[Operation]) -> list[tuple[int, str]]:
         names = {x.param_name for x in records if isinstance(x, r.SetTrialParam)}
@@ -412,11 +537,13 @@ class Exchange:
 
     def _read(self, session: Session) -> Reading:
         if not self.wanted_anything():
-            return Reading(self.dialect, self.log._decoder, self.before, self.wanted, self.written)
+            return Reading(
+                self.dialect, self.connection.decoder, self.before, self.wanted, self.written
+            )
         begin = self.dialect.begin_read
         if begin is None:
             return self._answer(session)
-        session.run([begin])
+        self._start(session, begin)
         try:
             self._find_gone(session)
             return self._answer(session)
@@ -428,7 +555,7 @@ class Exchange:
         self.written.deleted += self.gone
         reading = Reading(
             self.dialect,
-            self.log._decoder,
+            self.connection.decoder,
             self.before,
             self.wanted,
             self.written,
@@ -447,6 +574,7 @@ class Exchange:
             or w.names
             or w.trials_of
             or w.waiting_of
+            or w.next_of
             or w.trials
             or w.numbers
             or w.params
@@ -474,7 +602,8 @@ class Exchange:
     def _concerned(self) -> list[int]:
         """Followed studies that this exchange writes on, or reads by what it knows of them."""
         w = self.wanted
-        ids = {*w.trials_of, *w.waiting_of, *[one for one, _ in (*w.numbers, *w.params)]}
+        ids = {*w.trials_of, *w.waiting_of, *w.next_of}
+        ids |= {one for one, _ in (*w.numbers, *w.params)}
         trials = set(w.trials)
         for record in self.records:
             if (study_id := getattr(record, "study_id", None)) is not None:

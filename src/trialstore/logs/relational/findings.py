@@ -87,6 +87,23 @@ def _sqlite_file(connection: Connection, deep: bool) -> Iterator[Finding]:
 # --- the schema ----------------------------------------------------------------------------------
 
 
+def missing_constraints(inspector: sa.Inspector, table: sa.Table) -> Iterator[tuple[str, ...]]:
+    """The columns of each combination that should be unique in a table and need not be."""
+    unique: set[tuple[str | None, ...]] = {
+        tuple(one["column_names"]) for one in inspector.get_unique_constraints(table.name)
+    }
+    unique |= {
+        tuple(one["column_names"])
+        for one in inspector.get_indexes(table.name)
+        if one.get("unique")
+    }
+    for constraint in table.constraints:
+        if isinstance(constraint, sa.UniqueConstraint):
+            names = tuple(column.name for column in constraint.columns)
+            if names not in unique:
+                yield names
+
+
 def _schema(connection: Connection) -> Iterator[Finding]:
     inspector = sa.inspect(connection)
     there = set(inspector.get_table_names())
@@ -98,23 +115,11 @@ def _schema(connection: Connection) -> Iterator[Finding]:
         for column in table.columns:
             if column.name not in columns:
                 yield Finding("column-missing", f"{table.name}.{column.name}", "Not there.")
-        unique: set[tuple[str | None, ...]] = {
-            tuple(one["column_names"]) for one in inspector.get_unique_constraints(table.name)
-        }
-        unique |= {
-            tuple(one["column_names"])
-            for one in inspector.get_indexes(table.name)
-            if one.get("unique")
-        }
-        for constraint in table.constraints:
-            if not isinstance(constraint, sa.UniqueConstraint):
-                continue
-            names = tuple(column.name for column in constraint.columns)
-            if names not in unique:
-                where = f"{table.name} ({', '.join(names)})"
-                yield Finding(
-                    "constraint-missing", where, "Nothing keeps two rows from being the same one."
-                )
+        for names in missing_constraints(inspector, table):
+            where = f"{table.name} ({', '.join(names)})"
+            yield Finding(
+                "constraint-missing", where, "Nothing keeps two rows from being the same one."
+            )
     if {"alembic_version", "version_info"} <= there:
         versions = connection.scalars(_select(t.alembic_version.c.version_num)).all()
         if list(versions) != [t.HEAD_VERSION]:

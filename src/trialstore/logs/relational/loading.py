@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+import io
 import json
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -23,6 +24,8 @@ _TAKEN = (
     "Somebody else writes to the study in the target, whose trials go up to number {greatest} "
     "where {number} is to be the next. Let nobody use it until the copy is complete."
 )
+
+_ANALYZE: Final = f"ANALYZE {', '.join(table.name for table in (t.trials, *t.CHILDREN_OF_TRIALS))}"
 
 
 def load_trials(
@@ -80,7 +83,16 @@ def load_trials(
         ids: dict[int, int] = {row[0]: row[1] for row in connection.execute(found)}
         if greatest != last:
             _insert_children(connection, [(ids[number + i], one) for i, one in enumerate(records)])
+        if d.name == "postgresql" and _is_half_new(min(ids.values()), max(ids.values())):
+            # It has no idea yet of what is in there, and would look for one trial among all of
+            # its study. Left to itself it finds out after a minute.
+            connection.exec_driver_sql(_ANALYZE)
     return max(ids.values())
+
+
+def _is_half_new(first_id: int, last_id: int) -> bool:
+    """Whether a power of two thousand trials or so has been reached with these."""
+    return (first_id >> 10).bit_length() < (last_id >> 10).bit_length()
 
 
 def _insert_children(connection: Connection, trials: list[tuple[int, CreateTrial]]) -> None:
@@ -113,8 +125,74 @@ def _insert_children(connection: Connection, trials: list[tuple[int, CreateTrial
 
 
 def _insert(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    if rows:
+    if not rows:
+        return
+    if connection.dialect.name == "postgresql":
+        _copy_in(connection, table, rows)
+    elif connection.dialect.driver == "pymysql":
+        _insert_as_text(connection, table, rows)
+    else:
         connection.execute(sa.insert(table), rows)
+
+
+def _copy_in(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    """By COPY, which costs the client a third of what as many INSERTs do.
+
+    Source: PostgreSQL, COPY, "Text Format".
+    """
+    names = ",".join(f'"{name}"' for name in rows[0])
+    sql = f"COPY {table.name} ({names}) FROM STDIN"
+    text = "".join(["\t".join(map(_field, row.values())) + "\n" for row in rows])
+    cursor: Any = connection.connection.cursor()
+    if hasattr(cursor, "copy_expert"):  # psycopg2
+        cursor.copy_expert(sql, io.StringIO(text))
+    else:
+        with cursor.copy(sql) as copy:
+            copy.write(text)
+    cursor.close()
+
+
+# As PyMySQL's own; a server refuses more than max_allowed_packet, by default 16 MiB.
+_STATEMENT_LEN: Final = 1_000_000
+
+
+def _insert_as_text(connection: Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    """As ``executemany``, which makes the same text in three times the CPU: names, states and
+    distributions are the same in most rows, and are escaped once here."""
+    driver: Any = connection.connection.driver_connection
+    escaped: dict[str, str] = {}
+
+    def literal(value: Any) -> str:
+        if type(value) is not str:
+            text: str = driver.escape(value)
+            return text
+        if value not in escaped:
+            escaped[value] = driver.escape(value)
+        return escaped[value]
+
+    names = ",".join(f"`{name}`" for name in rows[0])
+    begin = f"INSERT INTO {table.name} ({names}) VALUES "
+    tuples: list[str] = []
+    length = 0
+    cursor: Any = connection.connection.cursor()
+    for row in rows:
+        text = f"({','.join(map(literal, row.values()))})"
+        if tuples and length + len(text) > _STATEMENT_LEN:
+            cursor.execute(begin + ",".join(tuples))
+            tuples, length = [], 0
+        tuples.append(text)
+        length += len(text) + 1
+    cursor.execute(begin + ",".join(tuples))
+    cursor.close()
+
+
+_ESCAPES: Final = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
+def _field(value: Any) -> str:
+    if isinstance(value, str):
+        return value.translate(_ESCAPES)
+    return r"\N" if value is None else str(value)
 
 
 def _time(d: Dialect, text: str | None) -> datetime | None:

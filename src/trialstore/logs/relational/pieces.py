@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from trialstore.logs.relational import statements as s, tables as t
-from trialstore.logs.relational.dialects import Rows, Session, Step
+from trialstore.logs.relational.dialects import Dialect
+from trialstore.logs.relational.session import Rows, Session, Step
 from trialstore.logs.relational.writing import number_and_type
 from trialstore.records import Verdict
 
 
-def set_directions(session: Session, study_id: int, directions: Sequence[int]) -> Verdict:
+def set_directions(
+    session: Session, d: Dialect, study_id: int, directions: Sequence[int]
+) -> Verdict:
     """See ``Piecewise``."""
-    d = session.dialect
     wanted = [t.DIRECTIONS[direction] for direction in directions]
 
     def judge(rows: Rows) -> Verdict:
@@ -31,12 +33,11 @@ def set_directions(session: Session, study_id: int, directions: Sequence[int]) -
         for objective, direction in enumerate(wanted)
     ]
     lock = d.step(s.lock_studies, 1, id_0=study_id)
-    return _judged(session, lock, d.step(s.directions, study_id=study_id), judge, writes)
+    return _judged(session, d, lock, d.step(s.directions, study_id=study_id), judge, writes)
 
 
-def set_values(session: Session, trial_id: int, values: Sequence[float]) -> Verdict:
+def set_values(session: Session, d: Dialect, trial_id: int, values: Sequence[float]) -> Verdict:
     """See ``Piecewise``."""
-    d = session.dialect
 
     def judge(rows: Rows) -> Verdict:
         if not rows:
@@ -50,17 +51,17 @@ def set_values(session: Session, trial_id: int, values: Sequence[float]) -> Verd
         row = {"trial_id": trial_id, "objective": objective, "value": value, "type": kind}
         writes.append(d.step(s.set_value, "id", **row))
     lock = d.step(s.lock_trials, 1, id_0=trial_id)
-    return _judged(session, lock, d.step(s.state, trial_id=trial_id), judge, writes)
+    return _judged(session, d, lock, d.step(s.state, trial_id=trial_id), judge, writes)
 
 
 def _judged(
     session: Session,
+    d: Dialect,
     lock: Step,
     look: Step,
     judge: Callable[[Rows], Verdict],
     writes: Sequence[Step],
 ) -> Verdict:
-    d = session.dialect
     verdict = judge(session.run([d.begin_write, lock, look])[-1])
     if verdict is Verdict.ACCEPTED:
         session.run([*writes, d.commit])

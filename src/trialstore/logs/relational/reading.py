@@ -2,29 +2,33 @@
 
 A reading plans at most three statements for everything that was wanted, whatever the number of
 studies, plus one for each study that is polled for WAITING trials. Where the answers show that
-more is needed (a trial of an unknown study, a study that is gone), it plans once more; that is
-rare, and each plan is one message.
+more is needed (a trial of an unknown study, a study that is gone, a first WAITING trial where
+there were none), it plans once more; that is rare, and each plan is one message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
-from trialstore.log import Wanted
+from trialstore.log import NEXT_MIN, Wanted
 from trialstore.logs.relational import statements as s
 from trialstore.logs.relational.cursor import (
     Probe,
+    Ranges,
     Studies,
     StudyCursor,
     holds_id,
+    n_ids,
+    split,
     with_ids,
     without_ids,
 )
-from trialstore.logs.relational.dialects import Dialect, Rows, Step
+from trialstore.logs.relational.dialects import Dialect
 from trialstore.logs.relational.images import Decoder
+from trialstore.logs.relational.session import Rows, Step
 from trialstore.records import (
     RUNNING,
     WAITING,
@@ -38,8 +42,14 @@ from trialstore.records import (
 
 _UNKNOWN: Final = StudyCursor("", b"", ())
 
-TRIALS_MAX: Final = 5_000
-"""New trials of a study in one answer: some 20 MB of rows, most of a second."""
+TRIALS_MAX: Final = 1_200
+"""New trials of a study in one answer: some 5 MB of rows, a twentieth of a second. Rows lie among
+what is kept of them, so that their room is never given back to the system."""
+
+# So much of a queue is looked over for those that have left it, when the next of it are wanted:
+# enough if some dozens have left since the last look, and then so many more, and then all.
+_LOOKED_AT: Final = 2 * NEXT_MIN
+_LOOKED_AT_THEN: Final = 32 * NEXT_MIN
 
 
 class Written(msgspec.Struct):
@@ -51,6 +61,8 @@ class Written(msgspec.Struct):
         names: Names of studies created, where their ids are not known yet.
         created: Study ids to (greatest id known before, how many), where the ids of the trials
             created are not known yet and the mark tells their numbers.
+        is_bare: Whether those began RUNNING with nothing else to them, so that the mark is read
+            together with all that there is to say of them.
         deleted: Ids of studies deleted.
         session: Whose mark tells it.
     """
@@ -59,6 +71,7 @@ class Written(msgspec.Struct):
     studies: list[int] = []
     names: list[str] = []
     created: dict[int, tuple[int, int]] = {}
+    is_bare: bool = False
     deleted: list[int] = []
     session: str = ""
 
@@ -91,6 +104,11 @@ class Reading:
         self._starts: dict[int, str] = {}  # of images, where ids are used again
         self._takes: list[Any] = []
         self._asked: set[int] = set()
+        self._watched: list[tuple[int, Rows]] = []
+        self._queued: set[int] = set()
+        """Studies that turn out to have WAITING trials, which are still to be read."""
+        # Of queues of which only the next are wanted: where they were looked over, and the rest.
+        self._looked: dict[int, tuple[Ranges, Ranges]] = {}
         self._round = 0
         for study_id in wrote.deleted:
             self.forget(study_id)
@@ -126,6 +144,7 @@ class Reading:
         if self._after.pop(study_id, None) is not None:
             self._gone.append(study_id)
         self._put_studies.pop(study_id, None)
+        self._queued.discard(study_id)
 
     # --- the plan ---
 
@@ -144,10 +163,11 @@ class Reading:
     def _plan_first(self) -> list[Step]:
         w = self._wanted
         steps: list[Step] = []
-        for study_id in sorted(w.waiting_of):
+        for study_id in sorted(w.waiting_of | w.next_of):
             self._plan_watch(steps, study_id)
         self._plan_trials(steps)
-        studies = w.studies | w.trials_of | w.waiting_of
+        polled = w.waiting_of | w.next_of
+        studies = w.studies | w.trials_of | {x for x in polled if not self._is_quiet(x)}
         involved = {one for one, _ in w.numbers} | {one for one, _ in w.params}
         involved |= set(self._wrote.created)
         studies |= {one for one in involved if one not in self._after}
@@ -158,9 +178,19 @@ class Reading:
             self._plan_param(steps, study_id, name)
         return steps
 
+    def _is_quiet(self, study_id: int) -> bool:
+        """Whether watching a study shows all that a poll for WAITING trials wants to know of it:
+        it has trials, so it is gone if they are, and none of them is WAITING as far as we know."""
+        known = self._after.get(study_id)
+        polled = study_id not in self._wanted.trials_of
+        return polled and known is not None and known.last_id > 0 and not known.waiting
+
     def _plan_rest(self) -> list[Step]:
         """What the first answers left open."""
         steps: list[Step] = []
+        if self._round == 2 and self._queued:
+            self._plan_queued(steps)
+        self._plan_further(steps)
         unknown = {x.study_id for x in self._put_trials.values()} - set(self._after)
         unknown -= self._asked
         missing = set(self._wanted.trials) - set(self._put_trials)
@@ -171,6 +201,8 @@ class Reading:
         if missing:
             # It may have belonged to any study that the replica holds.
             doubtful |= set(self._after)
+        # No greatest id: without its trials.
+        doubtful |= {one for one, rows in self._watched if (None, None) in map(tuple, rows)}
         ask = (unknown | (doubtful & set(self._after))) - self._asked
         self._plan_studies(steps, ask, frozenset(), False)
         return steps
@@ -210,9 +242,16 @@ class Reading:
         within: list[tuple[int, int, int]] = []
         left: list[tuple[int, int, int]] = []
         queued: list[tuple[int, int]] = []
-        for study_id in sorted(w.trials_of | w.waiting_of):
+        for study_id in sorted(w.trials_of | w.waiting_of | w.next_of):
+            if self._is_quiet(study_id):
+                continue
             known = self._after.get(study_id) or _UNKNOWN
-            ranges = [(study_id, low, high) for low, high in known.waiting]
+            of_the_queue = known.waiting
+            if study_id not in w.trials_of | w.waiting_of and not known.has_gaps:
+                of_the_queue, others = split(known.waiting, _LOOKED_AT)
+                if others:
+                    self._looked[study_id] = of_the_queue, others
+            ranges = [(study_id, low, high) for low, high in of_the_queue]
             if study_id in w.trials_of:
                 above.append((study_id, known.all_id))
                 ids |= {one for one in known.held if one <= known.all_id}
@@ -232,7 +271,8 @@ class Reading:
         numbers = sorted(w.numbers)
         for i, (study_id, number) in enumerate(numbers):
             args[f"number_study_{i}"], args[f"number_{i}"] = study_id, number
-        for i, (study_id, (low, count)) in enumerate(sorted(self._wrote.created.items())):
+        created = {} if self._wrote.is_bare else self._wrote.created
+        for i, (study_id, (low, count)) in enumerate(sorted(created.items())):
             args[f"created_study_{i}"], args[f"created_known_{i}"] = study_id, low
             args[f"created_count_{i}"] = count
         shape = s.Selection(
@@ -244,9 +284,40 @@ class Reading:
             queued=len(queued),
             turned=s.pad("turned", sorted(turned), args),
             numbers=len(numbers),
-            created=len(self._wrote.created),
+            created=len(created),
         )
         if any(shape):
+            step = self._dialect.step(s.trials_selected, shape, **args)
+            self._add(steps, step, self._take_trials)
+
+    def _plan_queued(self, steps: list[Step]) -> None:
+        args: dict[str, Any] = {}
+        turned: set[int] = set()
+        for i, study_id in enumerate(sorted(self._queued)):
+            known = self._after[study_id]
+            args[f"queued_study_{i}"], args[f"queued_{i}"] = study_id, known.seen_id
+            turned |= set(known.held)
+        n_turned = s.pad("turned", sorted(turned), args)
+        shape = s.Selection(queued=len(self._queued), turned=n_turned)
+        self._add(steps, self._dialect.step(s.trials_selected, shape, **args), self._take_trials)
+
+    def _plan_further(self, steps: list[Step]) -> None:
+        """Where so many have left a queue that those still there are too few: the others."""
+        left: list[tuple[int, int, int]] = []
+        gone = [x.trial_id for x in self._put_trials.values() if x.state != WAITING]
+        for study_id, (looked, others) in list(self._looked.items()):
+            if not others or n_ids(without_ids(looked, gone)) >= NEXT_MIN:
+                del self._looked[study_id]
+                continue
+            if self._round == 2:
+                further, others = split(others, _LOOKED_AT_THEN)
+            else:
+                further, others = others, ()
+            self._looked[study_id] = (*looked, *further), others
+            left += [(study_id, low, high) for low, high in further]
+        if left:
+            args: dict[str, Any] = {}
+            shape = s.Selection(left=s.pad_ranges("left", left, args))
             step = self._dialect.step(s.trials_selected, shape, **args)
             self._add(steps, step, self._take_trials)
 
@@ -264,16 +335,31 @@ class Reading:
 
     def take(self, answers: Sequence[Rows]) -> None:
         """The answers to the steps of the last plan, in their order."""
-        watched: list[tuple[int, Rows]] = []
-        takes = list(zip(self._takes, answers, strict=True))
-        self._watched = watched
-        for take, rows in takes:
+        for take, rows in zip(self._takes, answers, strict=True):
             take(rows)
-        if self._round == 1:
-            self._move_marks(watched)
+        first = 2 if self._queued else 1
+        if self._round == first:
+            self._move_marks(dict(self._watched))
+        elif self._round > first and self._looked:
+            self._move_marks({}, self._looked)
+
+    def take_created(self, study_id: int, rows: Rows) -> None:
+        """Trials that the exchange created bare, as it created them: rows (id, number, start).
+
+        What became of them since is read whenever the RUNNING ones are.
+        """
+        known = [row for row in rows if row[0] is not None]
+        self._take_trials(
+            [
+                (s.TRIAL, one, number, start, study_id, "RUNNING", None)
+                for one, number, start in known
+            ]
+        )
 
     def _take_watch(self, rows: Rows, study_id: int) -> None:
         self._watched.append((study_id, rows))
+        if self._is_quiet(study_id) and any(row[1] == "WAITING" for row in rows):
+            self._queued.add(study_id)
 
     def _take_trials(self, rows: Rows) -> None:
         for row in self._decoder.trials(rows):
@@ -304,16 +390,15 @@ class Reading:
                 self._after[study_id] = msgspec.structs.replace(known, digest=row.digest)
             self._put_studies[study_id] = row.image
 
-    def _move_marks(self, watched: list[tuple[int, Rows]]) -> None:
+    def _move_marks(self, watched: Mapping[int, Rows], only: Iterable[int] = ()) -> None:
         by_study: dict[int, list[PutTrial]] = {}
         for image in self._put_trials.values():
             by_study.setdefault(image.study_id, []).append(image)
-        seen = dict(watched)
-        for study_id in {*by_study, *seen}:
+        for study_id in only or {*by_study, *watched}:
             known = self._after.get(study_id)
             if known is not None:
                 images = by_study.get(study_id, [])
-                self._after[study_id] = self._moved(study_id, known, images, seen.get(study_id))
+                self._after[study_id] = self._moved(study_id, known, images, watched.get(study_id))
 
     def _moved(
         self, study_id: int, known: StudyCursor, images: list[PutTrial], watched: Rows | None
@@ -344,16 +429,18 @@ class Reading:
                     held.discard(one)
         gone = [x.trial_id for x in images if x.state != WAITING]
         waiting = without_ids(known.waiting, gone) if known.waiting else known.waiting
+        has_gaps = known.has_gaps and bool(waiting)
         queued = []
         for image in images:
             if image.state == RUNNING:
                 held.add(image.trial_id)
             else:
                 held.discard(image.trial_id)
-                if image.state == WAITING and image.trial_id <= seen_id:
+                if image.state == WAITING:
                     queued.append(image.trial_id)
         if queued:
-            waiting = with_ids(waiting, queued)
+            waiting, are_merged = with_ids(waiting, queued)
+            has_gaps = has_gaps or are_merged
         return msgspec.structs.replace(
             known,
             all_id=all_id,
@@ -362,6 +449,7 @@ class Reading:
             held=tuple(sorted(held)),
             waiting=waiting,
             probe=self._probe(known.probe, images) if self._dialect.ids_reused else None,
+            has_gaps=has_gaps,
         )
 
     def _probe(self, probe: Probe | None, images: list[PutTrial]) -> Probe | None:

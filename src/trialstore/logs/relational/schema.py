@@ -21,7 +21,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from trialstore.errors import IncompatibleSchemaError, LogUnavailableError
 from trialstore.logs.relational import statements as s, tables as t
-from trialstore.logs.relational.dialects import Dialect, Fault, Session, Step, shown_url
+from trialstore.logs.relational.dialects import Dialect, Fault, shown_url
+from trialstore.logs.relational.session import Session, Step
 
 _logger = logging.getLogger(__name__)
 
@@ -51,9 +52,10 @@ _one_upgrade: Final = threading.Lock()
 class Schema:
     """The version of the tables behind an engine."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, engine: Engine, dialect: Dialect) -> None:
         self._engine = engine
-        self._name = name
+        self._dialect = dialect
+        self._name = dialect.name
 
     @property
     def _shown_url(self) -> str:
@@ -83,7 +85,7 @@ class Schema:
             cursor.execute("SELECT version_num FROM alembic_version")
             row = cursor.fetchone()
         except Exception as error:
-            if session.dialect.fault(error) is not Fault.NO_TABLE:
+            if self._dialect.fault(error) is not Fault.NO_TABLE:
                 raise
             return None
         return None if row is None else str(row[0])
@@ -193,44 +195,43 @@ class Schema:
             connection.execute(sa.select(sa.func.release_lock(_LOCK_NAME)))
         connection.commit()
 
-    def open_at_once(self, session: Session, dialect: Dialect, session_id: str) -> bool:
+    def open_at_once(self, session: Session, session_id: str) -> bool:
         """``prepare`` and ``open_mark`` in one message, where tables and version are right.
 
         Returns:
             False, with nothing done, where they may not be.
         """
-        version = dialect.step(s.schema_version)
+        version = self._dialect.step(s.schema_version)
         try:
-            rows, *_ = session.run([version, *self._mark_steps(dialect, session_id)])
+            rows, *_ = session.run([version, *self._mark_steps(session_id)])
         except Exception as error:
-            if dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
+            if self._dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
                 raise
             return False
         return bool(rows) and rows[0][0] == t.HEAD_VERSION
 
-    @staticmethod
-    def _mark_steps(dialect: Dialect, session_id: str) -> list[Step]:
+    def _mark_steps(self, session_id: str) -> list[Step]:
         return [
-            dialect.step(s.insert_session, session=session_id, seq=0),
-            dialect.step(s.forget_abandoned, t.SESSION_DAYS_MAX),
+            self._dialect.step(s.insert_session, session=session_id, seq=0),
+            self._dialect.step(s.forget_abandoned, t.SESSION_DAYS_MAX),
         ]
 
-    def open_mark(self, session: Session, dialect: Dialect, session_id: str, create: bool) -> bool:
+    def open_mark(self, session: Session, session_id: str, create: bool) -> bool:
         """Put the session's row into our own table; False where there is none and may be none."""
-        steps = self._mark_steps(dialect, session_id)
+        steps = self._mark_steps(session_id)
         try:
             session.run(steps)
             return True
         except Exception as error:
-            if dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
+            if self._dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
                 raise
-            if dialect.fault(error) is Fault.DENIED or not create:
+            if self._dialect.fault(error) is Fault.DENIED or not create:
                 return self._without_mark()
         try:
             with self._locked() as connection, connection.begin():
                 t.sessions.create(connection, checkfirst=True)
         except sa.exc.DBAPIError as error:
-            if error.orig is None or dialect.fault(error.orig) is not Fault.DENIED:
+            if error.orig is None or self._dialect.fault(error.orig) is not Fault.DENIED:
                 raise
             return self._without_mark()
         session.run(steps)

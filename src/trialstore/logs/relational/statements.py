@@ -10,6 +10,7 @@ decided from facts read before: the condition and the verdict come from the same
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -22,6 +23,8 @@ Item = TypeVar("Item")
 
 _SIZES: Final = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384)
 IDS_MAX: Final = _SIZES[-1]
+_IDS_REPEATED_MAX: Final = 16
+"""So many ids are said to each table anew, which spares the database a table of them."""
 
 # Kinds of rows in the answer of `trials_selected`.
 TRIAL, PARAM, USER_ATTR, SYSTEM_ATTR, VALUE, INTERMEDIATE = range(6)
@@ -41,12 +44,13 @@ _RUNNING: Any = sa.literal_column("'RUNNING'")
 _ZERO: Any = sa.literal_column("0")
 _ONE: Any = sa.literal_column("1")
 _ID_MAX: Any = sa.literal_column(str(2**63 - 1))
+_NOW: Any = sa.func.now()
 _UNFINISHED: Final = ("RUNNING", "WAITING")
 
 
 def padded(n: int) -> int:
     """The next size for which statements are compiled."""
-    return next(size for size in _SIZES if size >= n)
+    return _SIZES[bisect_left(_SIZES, n)]
 
 
 def pad(name: str, items: Sequence[Item], args: dict[str, Any]) -> int:
@@ -93,9 +97,11 @@ def lock_studies(d: Dialect, n: int) -> Any:
 
 
 def lock_trials(d: Dialect, n: int) -> Any:
-    """Hold the trials' rows until the commit, in order of id."""
-    query = _select(t.trials.c.trial_id).where(t.trials.c.trial_id.in_(_params("id", n)))
-    return query.order_by(t.trials.c.trial_id).with_for_update()
+    """Hold the trials' rows until the commit, in order of id; as (id, study id, state) then."""
+    c = t.trials.c
+    query = _select(c.trial_id, c.study_id, d.as_text(c.state))
+    query = query.where(c.trial_id.in_(_params("id", n)))
+    return query.order_by(c.trial_id).with_for_update()
 
 
 def _greatest_number(study_id: Any, known: Any) -> Any:
@@ -161,16 +167,15 @@ def mark(d: Dialect, trials: int, studies: int, names: int, numbered: bool) -> A
     """Claim the session's next sequence number and keep the facts; fails if it is taken.
 
     The failure is meant: a transaction whose answer was given up for lost, and which the server
-    runs after all once we have tried again, divides by zero here and takes back everything.
+    runs after all once we have tried again, comes to an error here and takes back everything.
     """
     c = t.sessions.c
-    fence = sa.case((c.seq == _p("seq") - _ONE, _ONE), else_=_ZERO)
     found = _greatest_number(_p("numbered_study"), _p("known")) if numbered else sa.null()
     return (
         _update(t.sessions)
         .where(c.session_id == _p("session"))
         .values(
-            seq=d.divide(_p("seq"), fence),
+            seq=d.value_if(c.seq == _p("seq") - _ONE, _p("seq")),
             number=found,
             facts=facts(d, trials, studies, names),
             updated_at=sa.func.now(),
@@ -181,11 +186,11 @@ def mark(d: Dialect, trials: int, studies: int, names: int, numbered: bool) -> A
 def mark_known(d: Dialect) -> Any:
     """Like ``mark``, with outcomes known already, where we went statement by statement."""
     c = t.sessions.c
-    fence = sa.case((c.seq == _p("seq") - _ONE, _ONE), else_=_ZERO)
+    seq = d.value_if(c.seq == _p("seq") - _ONE, _p("seq"))
     return (
         _update(t.sessions)
         .where(c.session_id == _p("session"))
-        .values(seq=d.divide(_p("seq"), fence), facts=_p("facts"), updated_at=sa.func.now())
+        .values(seq=seq, facts=_p("facts"), updated_at=sa.func.now())
     )
 
 
@@ -194,9 +199,65 @@ def read_mark(d: Dialect) -> Any:
     return _select(c.seq, c.facts, c.number).where(c.session_id == _p("session"))
 
 
+def read_mark_and_created(d: Dialect) -> Any:
+    """The mark, with (id, number, start) of each trial that was created under it in a study."""
+    c, m = t.trials.c, t.sessions.c
+    made = sa.and_(
+        c.study_id == _p("study_id"),
+        c.trial_id >= _p("known"),
+        c.number > m.number,
+        c.number <= m.number + _p("count"),
+    )
+    return (
+        _select(m.seq, m.facts, m.number, c.trial_id, c.number, d.as_text(c.datetime_start))
+        .select_from(t.sessions.outerjoin(t.trials, made))
+        .where(m.session_id == _p("session"))
+    )
+
+
 def await_mark(d: Dialect) -> Any:
     """The mark, once no transaction of ours is still under way in the server."""
     return read_mark(d).with_for_update()
+
+
+def keep_marks(d: Dialect, n: int, with_facts: bool) -> Any:
+    """What became of the records of ``n`` callers; fails if one's number is not its greatest.
+
+    With the facts that the session's own mark holds, or with outcomes that are known already.
+    """
+    c = t.sessions.alias("told").c  # MySQL knows the row that stands by the table's own name
+
+    def row(i: int) -> Any:
+        caller, number = d.text_arg(_p(f"caller_{i}")), _p(f"number_{i}")
+        kept: Any = d.text_arg(_p(f"kept_{i}"))
+        if with_facts:
+            facts = _select(caller, d.int_arg(number), c.number, d.concat(kept, c.facts), _NOW)
+            return facts.where(c.session_id == _p("session"))
+        nothing = d.int_arg(sa.null())
+        return _select(caller, d.int_arg(number), nothing, kept, _NOW).where(_ONE == _ONE)
+
+    rows = [row(i) for i in range(n)]
+    source = _union_all(*rows) if n > 1 else rows[0]
+    names = ["session_id", "seq", "number", "facts", "updated_at"]
+    return d.upsert(t.sessions, names, source, 1, fence="seq")
+
+
+def pass_number(d: Dialect) -> Any:
+    """Let no exchange of a caller's be taken any more that has not a greater number."""
+    c = t.sessions.c
+    later = sa.case((c.seq < _p("seq"), _p("seq")), else_=c.seq)
+    return (
+        _update(t.sessions).where(c.session_id == _p("session")).values(seq=later, updated_at=_NOW)
+    )
+
+
+def forget_callers(d: Dialect, prefix: str, days: int) -> Any:
+    """Marks of callers that nobody can be waiting to hear of any more."""
+    c = t.sessions.c
+    is_caller = sa.func.substr(c.session_id, _ONE, sa.literal_column(str(len(prefix))))
+    return _delete(t.sessions).where(
+        is_caller == sa.literal_column(f"'{prefix}'"), c.updated_at < d.days_ago(days)
+    )
 
 
 def insert_session(d: Dialect) -> Any:
@@ -256,10 +317,18 @@ def set_study_system_attr(d: Dialect) -> Any:
     return _set_study_attr(d, t.study_system_attributes)
 
 
-def insert_trial(d: Dialect) -> Any:
-    """The next trial of a study whose row is locked."""
+def insert_trial(d: Dialect, marked: bool) -> Any:
+    """The next trial of a study whose row is locked.
+
+    Where the mark of this message has the greatest number before it, the ``nth`` after that.
+    """
     s = t.studies
-    number = _greatest_number(_p("study_id"), _p("known")) + _ONE
+    if marked:
+        of = t.sessions.c
+        found = _select(of.number + d.int_arg(_p("nth"))).where(of.session_id == _p("session"))
+        number = found.scalar_subquery()
+    else:
+        number = _greatest_number(_p("study_id"), _p("known")) + _ONE
     source = _select(
         number,
         s.c.study_id,
@@ -584,14 +653,17 @@ def trials_selected(d: Dialect, n: Selection) -> Any:
     may belong to different moments.
     """
     branches = _selected(d, n)
+    by_id = len(branches) == 1 and 0 < n.ids <= _IDS_REPEATED_MAX
     chosen: Any
-    if len(branches) == 1 and n.ids == 0 and n.above == 1:
+    if by_id or (len(branches) == 1 and n.above == 1):
         chosen = None
     else:
         chosen = (_union(*branches) if len(branches) > 1 else branches[0]).cte("chosen")
 
     def of(table: Any, *columns: Any) -> Any:
         query = _select(*columns)
+        if by_id:
+            return query.where(table.c.trial_id.in_(_params("id", n.ids)))
         if chosen is not None:
             return query.select_from(chosen.join(table, table.c.trial_id == chosen.c.trial_id))
         if table is not t.trials:
@@ -790,15 +862,15 @@ def beats(d: Dialect) -> Any:
     return _select(sa.func.count(), d.as_text(sa.func.max(c.heartbeat)))
 
 
-def best_trials(d: Dialect) -> Any:
-    """Rows (study id, trial id): the best trial of every study that has one objective."""
+def best_trials(d: Dialect, of_one: bool) -> Any:
+    """Rows (study id, trial id): the best trial of a study, or all, that has one objective."""
     c, v, direction = t.trials.c, t.trial_values.c, t.study_directions.c
     several = t.study_directions.alias()
     sign = sa.case((direction.direction == sa.literal_column("'MAXIMIZE'"), -_ONE), else_=_ONE)
     place = sa.func.row_number().over(
         partition_by=c.study_id, order_by=[_rank() * sign, v.value * sign, c.trial_id]
     )
-    ranked = (
+    ranked: Any = (
         _select(c.study_id, c.trial_id, place.label("place"))
         .select_from(
             t.trials.join(t.trial_values, v.trial_id == c.trial_id).join(
@@ -810,18 +882,22 @@ def best_trials(d: Dialect) -> Any:
             direction.objective == _ZERO,
             ~sa.exists().where(several.c.study_id == c.study_id, several.c.objective > _ZERO),
         )
-        .subquery()
     )
-    return _select(ranked.c.study_id, ranked.c.trial_id).where(ranked.c.place == _ONE)
+    if of_one:
+        ranked = ranked.where(c.study_id == _p("study_id"))
+    found = ranked.subquery()
+    return _select(found.c.study_id, found.c.trial_id).where(found.c.place == _ONE)
 
 
-def summaries(d: Dialect) -> Any:
-    """Rows (study id, state, how many, earliest start) over all studies."""
+def summaries(d: Dialect, of_one: bool) -> Any:
+    """Rows (study id, state, how many, first start, last completion) of a study, or of all."""
     c = t.trials.c
     start = d.as_text(sa.func.min(c.datetime_start))
-    return _select(c.study_id, d.as_text(c.state), sa.func.count(), start).group_by(
-        c.study_id, c.state
-    )
+    end = d.as_text(sa.func.max(c.datetime_complete))
+    query = _select(c.study_id, d.as_text(c.state), sa.func.count(), start, end)
+    if of_one:
+        query = query.where(c.study_id == _p("study_id"))
+    return query.group_by(c.study_id, c.state)
 
 
 # --- pieces of operations, for callers of older methods ------------------------------------------

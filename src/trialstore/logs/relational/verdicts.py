@@ -63,6 +63,11 @@ class Facts:
         self.made: set[str] = set()
         self.first_params: dict[tuple[int, str], str | None] = {}
 
+    @classmethod
+    def of_trials(cls, rows: Sequence[tuple[int, int, str]]) -> Facts:
+        """Facts about trials alone, as rows of ``statements.lock_trials``."""
+        return cls(f"{','.join([f'{one}:{study}:{state}' for one, study, state in rows])};;")
+
     def judge(self, record: Operation) -> Outcome:
         """The verdict on the next operation; ids of what it creates are filled in later."""
         if isinstance(record, r.CreateStudy):

@@ -15,7 +15,7 @@ import contextlib
 import os
 from pathlib import Path
 import threading
-from typing import IO, Final
+from typing import Final
 import weakref
 
 try:
@@ -25,6 +25,27 @@ except ImportError:  # Windows
 
 _WAIT_MAX_S: Final = 60.0
 """As long as SQLite's own waiting. Only a holder that is stopped, not dead, takes so long."""
+
+
+class _File:
+    """Open until it is closed, or nobody knows it any more: users need not close a storage."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
 
 
 class WriteQueue:
@@ -38,7 +59,7 @@ class WriteQueue:
     def __init__(self, path: Path, wait_max_s: float = _WAIT_MAX_S) -> None:
         self._path = path.with_name(f"{path.name}.queue")
         self._wait_max_s = wait_max_s
-        self._file: IO[bytes] | None = None
+        self._file: _File | None = None
         self._works = fcntl is not None
         self.is_first = False
         _queues.add(self)
@@ -49,32 +70,29 @@ class WriteQueue:
             return
         try:
             if self._file is None:
-                self._file = self._open()
+                self._file = _File(self._path)
             self.is_first = self._wait(self._file)
         except OSError:
             # A folder that may not be written, a file system without flock.
             self._works = False
 
-    def _open(self) -> IO[bytes]:
-        try:
-            return self._path.open("ab")
-        except PermissionError:
-            return self._path.open("rb")  # another user's
-
-    def _wait(self, file: IO[bytes]) -> bool:
+    def _wait(self, file: _File) -> bool:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         # Only a thread of its own can be waited for with a deadline.
-        waiter = threading.Thread(target=fcntl.flock, args=(file, fcntl.LOCK_EX), daemon=True)
+        waiter = threading.Thread(
+            target=fcntl.flock, args=(file, fcntl.LOCK_EX), name="trialstore-queue", daemon=True
+        )
         waiter.start()
         try:
             waiter.join(self._wait_max_s)
         finally:
-            if waiter.is_alive():
+            is_late = waiter.is_alive()
+            if is_late:
                 # Out of turn from here. The file closes with the last who knows it, the waiter.
                 self._file = None
-        return not waiter.is_alive()
+        return not is_late
 
     def leave(self) -> None:
         """Let the next one in, if it was this process' turn."""

@@ -10,7 +10,8 @@ from typing import Any, Final, NamedTuple
 
 from trialstore import records as r
 from trialstore.logs.relational import statements as s, tables as t
-from trialstore.logs.relational.dialects import Dialect, Step
+from trialstore.logs.relational.dialects import Dialect
+from trialstore.logs.relational.session import Step
 from trialstore.records import Operation
 
 
@@ -110,12 +111,20 @@ def writes_together(d: Dialect, run: Sequence[Operation]) -> Step:
     return _fields_step(d, of, "id", [_field(record) for record in run])
 
 
-def writes(d: Dialect, record: Operation, known: int, leased: Container[str]) -> list[Step]:
+def writes(
+    d: Dialect,
+    record: Operation,
+    known: int,
+    leased: Container[str],
+    numbered: tuple[str, int] | None = None,
+) -> list[Step]:
     """The conditional statements that carry out an operation.
 
     Args:
         known: An id that the newest trial of the operation's study is not below.
         leased: Owners whose trials get their first beat with their creation or claim.
+        numbered: Of a trial to be created, where the mark has the number before: the session,
+            and how many-eth after that number.
     """
     if isinstance(record, FIELDS):
         return [_fields_step(d, {"trial_id": record.trial_id}, "id", [_field(record)])]
@@ -123,7 +132,7 @@ def writes(d: Dialect, record: Operation, known: int, leased: Container[str]) ->
         return _state_writes(d, record, record.worker_id in leased)
     if isinstance(record, r.CreateTrial):
         beats = record.state == r.RUNNING and record.worker_id in leased
-        return _create_trial_writes(d, record, known, beats)
+        return _create_trial_writes(d, record, known, beats, numbered)
     if isinstance(record, r.SetStudyUserAttr | r.SetStudySystemAttr):
         is_user = isinstance(record, r.SetStudyUserAttr)
         of_study = s.set_study_user_attr if is_user else s.set_study_system_attr
@@ -190,12 +199,22 @@ def _state_writes(d: Dialect, record: r.SetTrialStateValues, beats: bool) -> lis
     return steps
 
 
-def _create_trial_writes(d: Dialect, record: r.CreateTrial, known: int, beats: bool) -> list[Step]:
+def _create_trial_writes(
+    d: Dialect,
+    record: r.CreateTrial,
+    known: int,
+    beats: bool,
+    numbered: tuple[str, int] | None,
+) -> list[Step]:
     of = {"study_id": record.study_id, "known": known}
+    session, nth = numbered or ("", 0)
     steps = [
         d.step(
             s.insert_trial,
+            numbered is not None,
             **of,
+            session=session,
+            nth=nth,
             state=t.STATES[record.state],
             start=d.time_value(record.datetime_start),
             complete=d.time_value(record.datetime_complete),
@@ -216,6 +235,18 @@ def _create_trial_writes(d: Dialect, record: r.CreateTrial, known: int, beats: b
         args = {"objective": objective, "value": value, "type": kind}
         steps.append(d.step(s.set_value, "newest", **of, **args))
     return steps
+
+
+def is_bare(record: r.CreateTrial) -> bool:
+    """Whether it creates a RUNNING trial with nothing else to it, as ``study.ask`` does."""
+    return record.state == r.RUNNING and not (
+        record.datetime_complete
+        or record.params
+        or record.user_attrs
+        or record.system_attrs
+        or record.intermediate_values
+        or template_values(record)
+    )
 
 
 def template_values(record: r.CreateTrial) -> Sequence[float]:

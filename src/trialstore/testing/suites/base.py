@@ -45,7 +45,10 @@ class Capabilities:
         keeps_microseconds: Times come back as they were given.
         keeps_leases: It knows which workers live, so that ``heartbeat_interval`` may be set.
         appends_conditionally: What is decided on the contents is appended only while they last.
+        tells_only_news: What it answers is what changed, however many trials are unfinished.
         reuses_ids: An id of something deleted may be given out again.
+        tells_equal_choices_apart: 1, True and 1.0 are three choices of a parameter.
+        templates_bind: A parameter of a template must be compatible with later uses of its name.
         attribute_bytes_max: The largest JSON of an attribute.
     """
 
@@ -60,7 +63,10 @@ class Capabilities:
     keeps_microseconds: bool = True
     keeps_leases: bool = True
     appends_conditionally: bool = True
+    tells_only_news: bool = True
     reuses_ids: bool = False
+    tells_equal_choices_apart: bool = True
+    templates_bind: bool = True
     attribute_bytes_max: int = 16 << 20
 
     def as_kept(self) -> dict[str, bool]:

@@ -199,11 +199,11 @@ class HeartbeatSuite(SuiteBase):
         trial_id = worker.create_new_trial(_study_id(worker))
         clock.until_waiting()
         worker.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
-        thread = worker._heartbeat._thread
+        thread = worker._beats()._thread
         assert thread is not None
         clock.advance(_INTERVAL_S)
         thread.join(60.0)
-        assert not thread.is_alive() and not worker._heartbeat.is_beating
+        assert not thread.is_alive() and not worker._beats().is_beating
         trial_id = worker.create_new_trial(_study_id(worker))
         age_leases(worker, _LONG_S)
         assert reaper.fail_stale_trials() == [trial_id]
@@ -244,7 +244,7 @@ class HeartbeatSuite(SuiteBase):
         finally:
             worker._clock = clock
         assert (copied.heartbeat_interval, copied.grace_period) == (_INTERVAL_S, _GRACE_S)
-        assert not copied._heartbeat.is_beating
+        assert not copied._beats().is_beating
         copied.close()
 
     # --- what is done about it -------------------------------------------------------------------

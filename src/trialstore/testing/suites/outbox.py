@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState, create_trial
 import pytest
 
 from trialstore.errors import LogUnavailableError
+from trialstore.log import NOTHING
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
 from trialstore.testing.suites.base import (
@@ -55,13 +57,50 @@ class OutboxSuite(SuiteBase):
         counter = count_exchanges(lingering)
         self._write_all(lingering, asked)
         assert counter.n_exchanges == 0
-        lingering.get_trial(asked)
+        lingering.get_all_studies()
         assert [len(records) for records in counter.appended] == [4]
+
+    def test_a_read_of_an_own_trial_and_its_tell_append_once(
+        self, lingering: Storage, reader: Storage, asked: int
+    ) -> None:
+        counter = count_exchanges(lingering)
+        self._write_all(lingering, asked)
+        lingering.get_trial(asked)
+        lingering.set_trial_state_values(asked, TrialState.COMPLETE, [1.0])
+        assert [len(records) for records in counter.appended] == [0, 5]
+        trial = reader.get_trial(asked)
+        assert (trial.params, trial.intermediate_values) == ({"x": 0.25}, {1: 2.0})
+        assert (trial.user_attrs, trial.system_attrs) == ({"k": 1}, {"s": 2})
+
+    def test_what_is_deferred_is_not_what_a_reader_edits(
+        self, lingering: Storage, reader: Storage, asked: int
+    ) -> None:
+        lingering.set_trial_user_attr(asked, "k", {"inner": [1]})
+        lingering.get_trial(asked).user_attrs["k"]["inner"].append(2)
+        lingering.flush()
+        assert reader.get_trial(asked).user_attrs == {"k": {"inner": [1]}}
 
     def test_a_read_of_the_trial_sees_what_was_deferred(
         self, lingering: Storage, asked: int
     ) -> None:
         self._write_all(lingering, asked)
+        trial = lingering.get_trial(asked)
+        assert (trial.params, trial.intermediate_values) == ({"x": 0.25}, {1: 2.0})
+        assert (trial.user_attrs, trial.system_attrs) == ({"k": 1}, {"s": 2})
+
+    def test_a_read_sees_what_leaves_the_outbox_while_it_reads(
+        self, lingering: Storage, asked: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self._write_all(lingering, asked)
+        exchanger = exchanger_of(lingering)
+        run = exchanger.run
+
+        def run_and_linger(*args: Any, **how: Any) -> Any:
+            outcomes = run(*args, **how)
+            run((), NOTHING)  # as the thread of the linger does
+            return outcomes
+
+        monkeypatch.setattr(exchanger, "run", run_and_linger)
         trial = lingering.get_trial(asked)
         assert (trial.params, trial.intermediate_values) == ({"x": 0.25}, {1: 2.0})
         assert (trial.user_attrs, trial.system_attrs) == ({"k": 1}, {"s": 2})
@@ -230,6 +269,16 @@ class OutboxSuite(SuiteBase):
         with pytest.raises(UpdateFinishedTrialError):
             calls[how]()
         lingering.flush()
+
+    def test_a_read_of_a_trial_finished_elsewhere_tells_what_became_of_deferred_writes(
+        self, lingering: Storage, reader: Storage, asked: int
+    ) -> None:
+        lingering.set_trial_user_attr(asked, "late", 1)
+        reader.set_trial_state_values(asked, TrialState.FAIL)
+        with pytest.raises(UpdateFinishedTrialError):
+            lingering.get_trial(asked)
+        trial = lingering.get_trial(asked)
+        assert (trial.state, trial.user_attrs) == (TrialState.FAIL, {})
 
     def test_a_write_rejected_by_deletion_raises_at_flush(
         self, lingering: Storage, reader: Storage, asked: int

@@ -9,12 +9,12 @@ from typing import Any
 import warnings
 
 import optuna
-from optuna.exceptions import TrialPruned
+from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.trial import TrialState
 import pytest
 
 import trialstore
-from trialstore.log import ConditionalLog
+from trialstore.log import NEXT_MIN, ConditionalLog
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
 from trialstore.testing.suites.base import (
@@ -22,6 +22,7 @@ from trialstore.testing.suites.base import (
     MINIMIZE,
     Capabilities,
     OpenStorage,
+    count_exchanges,
     exchanger_of,
     run_threads,
 )
@@ -111,6 +112,79 @@ class QueueSuite(HeartbeatSuite):
         assert study.trials[0].params == {"x": 0.25}
         with pytest.raises(TypeError, match="dict"):
             trialstore.enqueue_trial(study, [1])  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("n_queued", [10, 300])
+    def test_a_claim_costs_the_same_however_long_the_queue(
+        self, storage: Storage, n_queued: int, capabilities: Capabilities
+    ) -> None:
+        if not capabilities.tells_only_news:
+            pytest.skip("Optuna's own gRPC service sends every unfinished trial anew.")
+        storage.create_new_study([MINIMIZE], "study")
+        study = _study(storage)
+        for number in range(n_queued):
+            study.enqueue_trial({"x": number})
+        for _ in range(2):  # over gRPC it may be the second look that reads the queue
+            assert study._pop_waiting_trial_id() is not None
+        counter = count_exchanges(storage)
+        for _ in range(5):
+            assert study._pop_waiting_trial_id() is not None
+        # A look at the queue, and a claim with the trial's image or the record of it. In memory
+        # nothing is exchanged.
+        assert counter.n_exchanges <= 10 and counter.n_news <= 10
+
+    def test_a_reader_of_the_queue_reads_what_it_looks_at(
+        self, storage: Storage, opened: OpenStorage, capabilities: Capabilities
+    ) -> None:
+        storage.create_new_study([MINIMIZE], "study")
+        other = _study(opened() if capabilities.shared else storage)
+        for number in range(3 * NEXT_MIN):
+            other.enqueue_trial({"x": number})
+        leaving = other.trials[NEXT_MIN - 1]._trial_id
+        queue = _study(storage).get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        seen = [queue[0], queue[1]]
+        for _ in range(3):
+            other.ask()
+        other._storage.set_trial_state_values(leaving, TrialState.FAIL)
+        assert queue and queue[0] is seen[0] and queue[0].state == TrialState.WAITING
+        assert [trial.number for trial in queue[2:4]] == [3, 4], "read when it was looked at"
+        assert len(queue) == 3 * NEXT_MIN - 2
+        assert queue[-1].number == 3 * NEXT_MIN - 1
+        numbers = [trial.number for trial in queue]
+        assert numbers == sorted({0, 1, *range(3, 3 * NEXT_MIN)} - {NEXT_MIN - 1})
+        again = _study(storage).get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        assert [trial.number for trial in again] == numbers[2:]
+        assert len(again) == len(numbers) - 2
+
+    def test_those_who_read_the_same_queue_lose_few_claims_to_each_other(
+        self, storage: Storage, opened: OpenStorage, capabilities: Capabilities
+    ) -> None:
+        n_readers, n_lost = 8, 0
+        storage.create_new_study([MINIMIZE], "study")
+        for number in range(NEXT_MIN):
+            _study(storage).enqueue_trial({"x": number})
+        readers = [opened() if capabilities.shared else storage for _ in range(n_readers)]
+        queues = [
+            _study(reader).get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            for reader in readers
+        ]
+        claimed = []
+        for reader, queue in zip(readers, queues, strict=True):
+            for trial in queue:
+                if reader.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                    claimed.append(trial.number)
+                    break
+                n_lost += 1
+        assert claimed[0] == 0 and len({*claimed}) == n_readers
+        # All but one lose the first trial. One after the other in the queue they would lose 28.
+        assert n_lost <= 2 * n_readers
+        for trial in queues[0]:
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        lost_by_the_last = []
+        for trial in queues[-1]:
+            lost_by_the_last.append(trial.number)
+            with pytest.raises(UpdateFinishedTrialError):
+                readers[-1].set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        assert sorted(lost_by_the_last) == list(range(NEXT_MIN)), "each is tried once"
 
     # --- the budget ------------------------------------------------------------------------------
 

@@ -189,6 +189,15 @@ class ReadSuite(SuiteBase):
         with pytest.raises(UpdateFinishedTrialError):
             other.set_trial_state_values(trial_id, TrialState.RUNNING)
 
+    def test_what_another_claims_is_no_longer_queued_for_who_has_queued_it(
+        self, storage: Storage, other: Storage, study_id: int
+    ) -> None:
+        queued = (TrialState.WAITING,)
+        assert storage.get_all_trials(study_id, states=queued) == []
+        trial_id = storage.create_new_trial(study_id, create_trial(state=TrialState.WAITING))
+        assert other.set_trial_state_values(trial_id, TrialState.RUNNING) is True
+        assert storage.get_all_trials(study_id, states=queued) == []
+
     def test_of_two_tells_one_is_refused(
         self, storage: Storage, other: Storage, study_id: int
     ) -> None:

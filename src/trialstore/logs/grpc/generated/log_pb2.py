@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = POOL.AddSerializedFile(b'\n\tlog.proto\x12\rtrialstore.v1\"\x8b\x01\n\x0f\x45xchangeRequest\x12\x0f\n\x07records\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x0c\x12\x0e\n\x06wanted\x18\x03 \x01(\x0c\x12\r\n\x05\x61gain\x18\x04 \x01(\x08\x12\x0e\n\x06leased\x18\x05 \x01(\x08\x12\x15\n\x08\x65xpected\x18\x06 \x01(\x0cH\x00\x88\x01\x01\x42\x0b\n\t_expectedJ\x04\x08\x07\x10\x10\"d\n\rExchangeReply\x12\x0c\n\x04news\x18\x01 \x03(\x0c\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x0c\x12\x10\n\x08outcomes\x18\x03 \x01(\x0c\x12\x0c\n\x04more\x18\x04 \x01(\x08\x12\x0f\n\x07refused\x18\x05 \x01(\x08J\x04\x08\x06\x10\x10\"\x11\n\x0fSnapshotRequest\"-\n\rSnapshotReply\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x0c\x12\x0c\n\x04part\x18\x02 \x01(\x0c\"\x1f\n\x0c\x43heckRequest\x12\x0f\n\x07records\x18\x01 \x01(\x0c\"\x1f\n\nCheckReply\x12\x11\n\tunlimited\x18\x01 \x01(\x08\"\xb9\x01\n\x0cLeaseRequest\x12.\n\x04verb\x18\x01 \x01(\x0e\x32 .trialstore.v1.LeaseRequest.Verb\x12\x11\n\ttrial_ids\x18\x02 \x03(\x03\x12\x0e\n\x06owners\x18\x03 \x03(\x0c\x12\x10\n\x08study_id\x18\x04 \x01(\x03\x12\x16\n\x0egrace_period_s\x18\x05 \x01(\x01\",\n\x04Verb\x12\t\n\x05RENEW\x10\x00\x12\x0c\n\x08WITHDRAW\x10\x01\x12\x0b\n\x07\x45XPIRED\x10\x02\"\x1f\n\nLeaseReply\x12\x11\n\ttrial_ids\x18\x01 \x03(\x03\x32\xec\x02\n\nLogService\x12H\n\x08\x45xchange\x12\x1e.trialstore.v1.ExchangeRequest\x1a\x1c.trialstore.v1.ExchangeReply\x12\x46\n\x04Read\x12\x1e.trialstore.v1.ExchangeRequest\x1a\x1c.trialstore.v1.ExchangeReply0\x01\x12J\n\x08Snapshot\x12\x1e.trialstore.v1.SnapshotRequest\x1a\x1c.trialstore.v1.SnapshotReply0\x01\x12?\n\x05\x43heck\x12\x1b.trialstore.v1.CheckRequest\x1a\x19.trialstore.v1.CheckReply\x12?\n\x05Lease\x12\x1b.trialstore.v1.LeaseRequest\x1a\x19.trialstore.v1.LeaseReplyb\x06proto3')
+DESCRIPTOR = POOL.AddSerializedFile(b'\n\tlog.proto\x12\rtrialstore.v1\"\xab\x01\n\x0f\x45xchangeRequest\x12\x0f\n\x07records\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x0c\x12\x0e\n\x06wanted\x18\x03 \x01(\x0c\x12\r\n\x05\x61gain\x18\x04 \x01(\x08\x12\x0e\n\x06leased\x18\x05 \x01(\x08\x12\x15\n\x08\x65xpected\x18\x06 \x01(\x0cH\x00\x88\x01\x01\x12\x0e\n\x06sender\x18\x07 \x01(\t\x12\x0e\n\x06number\x18\x08 \x01(\x03\x42\x0b\n\t_expectedJ\x04\x08\t\x10\x10\"d\n\rExchangeReply\x12\x0c\n\x04news\x18\x01 \x03(\x0c\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x0c\x12\x10\n\x08outcomes\x18\x03 \x01(\x0c\x12\x0c\n\x04more\x18\x04 \x01(\x08\x12\x0f\n\x07refused\x18\x05 \x01(\x08J\x04\x08\x06\x10\x10\"\x1f\n\x0fSnapshotRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x08\"<\n\rSnapshotReply\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x0c\x12\x0c\n\x04part\x18\x02 \x01(\x0c\x12\r\n\x05marks\x18\x03 \x01(\x0c\"\x1f\n\x0c\x43heckRequest\x12\x0f\n\x07records\x18\x01 \x01(\x0c\"\x1f\n\nCheckReply\x12\x11\n\tunlimited\x18\x01 \x01(\x08\"\xb9\x01\n\x0cLeaseRequest\x12.\n\x04verb\x18\x01 \x01(\x0e\x32 .trialstore.v1.LeaseRequest.Verb\x12\x11\n\ttrial_ids\x18\x02 \x03(\x03\x12\x0e\n\x06owners\x18\x03 \x03(\x0c\x12\x10\n\x08study_id\x18\x04 \x01(\x03\x12\x16\n\x0egrace_period_s\x18\x05 \x01(\x01\",\n\x04Verb\x12\t\n\x05RENEW\x10\x00\x12\x0c\n\x08WITHDRAW\x10\x01\x12\x0b\n\x07\x45XPIRED\x10\x02\"\x1f\n\nLeaseReply\x12\x11\n\ttrial_ids\x18\x01 \x03(\x03\x32\xec\x02\n\nLogService\x12H\n\x08\x45xchange\x12\x1e.trialstore.v1.ExchangeRequest\x1a\x1c.trialstore.v1.ExchangeReply\x12\x46\n\x04Read\x12\x1e.trialstore.v1.ExchangeRequest\x1a\x1c.trialstore.v1.ExchangeReply0\x01\x12J\n\x08Snapshot\x12\x1e.trialstore.v1.SnapshotRequest\x1a\x1c.trialstore.v1.SnapshotReply0\x01\x12?\n\x05\x43heck\x12\x1b.trialstore.v1.CheckRequest\x1a\x19.trialstore.v1.CheckReply\x12?\n\x05Lease\x12\x1b.trialstore.v1.LeaseRequest\x1a\x19.trialstore.v1.LeaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -22,23 +22,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'log_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_EXCHANGEREQUEST']._serialized_start=29
-  _globals['_EXCHANGEREQUEST']._serialized_end=168
-  _globals['_EXCHANGEREPLY']._serialized_start=170
-  _globals['_EXCHANGEREPLY']._serialized_end=270
-  _globals['_SNAPSHOTREQUEST']._serialized_start=272
-  _globals['_SNAPSHOTREQUEST']._serialized_end=289
-  _globals['_SNAPSHOTREPLY']._serialized_start=291
-  _globals['_SNAPSHOTREPLY']._serialized_end=336
-  _globals['_CHECKREQUEST']._serialized_start=338
-  _globals['_CHECKREQUEST']._serialized_end=369
-  _globals['_CHECKREPLY']._serialized_start=371
-  _globals['_CHECKREPLY']._serialized_end=402
-  _globals['_LEASEREQUEST']._serialized_start=405
-  _globals['_LEASEREQUEST']._serialized_end=590
-  _globals['_LEASEREQUEST_VERB']._serialized_start=546
-  _globals['_LEASEREQUEST_VERB']._serialized_end=590
-  _globals['_LEASEREPLY']._serialized_start=592
-  _globals['_LEASEREPLY']._serialized_end=623
-  _globals['_LOGSERVICE']._serialized_start=626
-  _globals['_LOGSERVICE']._serialized_end=990
+  _globals['_EXCHANGEREQUEST']._serialized_end=200
+  _globals['_EXCHANGEREPLY']._serialized_start=202
+  _globals['_EXCHANGEREPLY']._serialized_end=302
+  _globals['_SNAPSHOTREQUEST']._serialized_start=304
+  _globals['_SNAPSHOTREQUEST']._serialized_end=335
+  _globals['_SNAPSHOTREPLY']._serialized_start=337
+  _globals['_SNAPSHOTREPLY']._serialized_end=397
+  _globals['_CHECKREQUEST']._serialized_start=399
+  _globals['_CHECKREQUEST']._serialized_end=430
+  _globals['_CHECKREPLY']._serialized_start=432
+  _globals['_CHECKREPLY']._serialized_end=463
+  _globals['_LEASEREQUEST']._serialized_start=466
+  _globals['_LEASEREQUEST']._serialized_end=651
+  _globals['_LEASEREQUEST_VERB']._serialized_start=607
+  _globals['_LEASEREQUEST_VERB']._serialized_end=651
+  _globals['_LEASEREPLY']._serialized_start=653
+  _globals['_LEASEREPLY']._serialized_end=684
+  _globals['_LOGSERVICE']._serialized_start=687
+  _globals['_LOGSERVICE']._serialized_end=1051
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,374 @@
+"""The one connection of a log to its database: opened, healed, and asked until it answers.
+
+Optuna's tables are created and checked when it is first opened. Source: docs/formats/tables.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import contextlib
+import os
+from pathlib import Path
+import random
+from typing import Any, Final, TypeVar
+import uuid
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+from sqlalchemy.pool import StaticPool
+
+from trialstore.clock import Clock
+from trialstore.credentials import Secret
+from trialstore.errors import LogUnavailableError
+from trialstore.logs.relational import statements as s, tables as t
+from trialstore.logs.relational.dialects import (
+    Dialect,
+    Fault,
+    dialect_type,
+    is_local,
+    passwords,
+    shown_url,
+)
+from trialstore.logs.relational.images import Decoder
+from trialstore.logs.relational.schema import Schema
+from trialstore.logs.relational.session import Session
+from trialstore.logs.relational.undisturbed import Standing
+
+_Answer = TypeVar("_Answer")
+
+_BACKOFF_FIRST_S: Final = 0.005
+_BACKOFF_MAX_S: Final = 1.0
+_OPENING_DEADLINE_S: Final = 30.0
+"""A wrong address or port shows when the storage is constructed; don't let a user wait long."""
+
+_MARK_IDLE_S: Final = 86_400.0
+"""Who has written nothing for a day begins a new session, long before others take its mark for
+one that was left behind (``tables.SESSION_DAYS_MAX``)."""
+
+_inherited: list[Any] = []
+"""Connections opened by a parent process. Closing one, which collecting it would do, ends the
+parent's session (libpq says goodbye to the server, SQLite drops the parent's file locks)."""
+
+
+class Connection:
+    """A connection that opens and heals by itself, in the process that uses it.
+
+    Its arguments are those of ``TablesLog``.
+
+    Attributes:
+        session_id: Names its row in ``trialstore_sessions``, the mark.
+        seq: The number of the last exchange that the mark tells of.
+        has_mark: Whether there is such a row.
+        others_wrote: Asks whether another connection has committed, where the database can tell.
+        standing: What is known as long as none has.
+        durable_commits: How many transactions were committed with a sync; for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        engine_kwargs: dict[str, Any],
+        *,
+        skip_compatibility_check: bool,
+        skip_table_creation: bool,
+        durability: str,
+        password: Secret | None,
+        retry_deadline_s: float,
+        clock: Clock,
+    ) -> None:
+        self.url = url
+        self.engine_kwargs = engine_kwargs
+        self.skip_compatibility_check = skip_compatibility_check
+        self.skip_table_creation = skip_table_creation
+        self.durability = durability
+        self.password = password
+        self.retry_deadline_s = retry_deadline_s
+        self._clock = clock
+        address = self._address()
+        kind = dialect_type(address)
+        self.engine: Engine = _create_engine(address, kind, engine_kwargs)
+        self.dialect: Dialect = kind(self.engine)
+        self.schema = Schema(self.engine, self.dialect)
+        self._session: Session | None = None
+        self._fairy: Any = None
+        self._pid = os.getpid()
+        self.session_id = uuid.uuid4().hex
+        self.seq = 0
+        self.has_mark = False
+        self._marked_at_s = clock.now_s()
+        self._synchronous = ""
+        # Not in memory, where everybody uses this very connection.
+        self.others_wrote = None if self.in_memory else self.dialect.others_wrote
+        self.standing: Standing | None = None
+        self.decoder = Decoder()
+        self.durable_commits = 0
+        self._prepared = False
+        self.persistently(self.session, min(retry_deadline_s, _OPENING_DEADLINE_S))
+
+    def __repr__(self) -> str:
+        return f"TablesLog({shown_url(self.engine.url)!r})"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the connection is the database."""
+        return in_memory(self.engine.url)
+
+    def _address(self) -> sa.URL:
+        """The URL, with the password as it is now if that is kept elsewhere."""
+        url = sa.make_url(self.url)
+        return url if self.password is None else url.set(password=self.password.read())
+
+    def close(self) -> None:
+        """Give it back; ``session`` opens it again."""
+        if self._pid != os.getpid():
+            self._leave_inherited()
+            return
+        if self._session is not None and self.has_mark:
+            with contextlib.suppress(Exception):
+                step = self.dialect.step(s.forget_session, session=self.session_id)
+                self._session.run([step])
+        self.has_mark = False
+        self.seq = 0
+        if self.in_memory:
+            return
+        self.disconnect()
+        self.engine.dispose()
+
+    def about_to_write(self) -> None:
+        """Be another session if this one's mark has become old."""
+        if self.has_mark and self._clock.now_s() - self._marked_at_s > _MARK_IDLE_S:
+            self.renew_session()
+        self._marked_at_s = self._clock.now_s()
+
+    def _leave_inherited(self) -> None:
+        self._pid = os.getpid()
+        if self.in_memory:
+            return  # The child's copy of the contents; there is no file to share.
+        _inherited.append((self._session, self._fairy, self.engine))
+        self.engine.dispose(close=False)
+        url = self._address()
+        self.engine = _create_engine(url, dialect_type(url), self.engine_kwargs)
+        self.schema = Schema(self.engine, self.dialect)
+        self._session = self._fairy = None
+        self.session_id = uuid.uuid4().hex
+        self.seq = 0
+        self.has_mark = False
+
+    def disconnect(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        """Close a connection, which may be broken."""
+        with contextlib.suppress(Exception):
+            if self._fairy is None:
+                session.close()
+            else:
+                self._fairy.close()  # The one connection of the pool holds the contents.
+
+    def _open_connection(self) -> Any:
+        """A connection of the driver's own, not from the engine's pool, which would ask the
+        server half a dozen questions whose answers nobody needs here."""
+        engine = self.engine
+        if self.in_memory:
+            self._fairy = engine.raw_connection()
+            return self._fairy.driver_connection
+        options = self.dialect.engine_options(engine.url, self.engine_kwargs)
+        if "creator" in options:
+            return options["creator"]()
+        positional, named = engine.dialect.create_connect_args(engine.url)
+        named.update(options.get("connect_args", {}), **self.dialect.session_arguments)
+        return engine.dialect.connect(*positional, **named)
+
+    def session(self) -> Session:
+        """The session of this process; connects, and on first use creates and checks tables."""
+        if self._pid != os.getpid():
+            self._leave_inherited()
+        if self._session is None:
+            self._connect()
+        assert self._session is not None
+        return self._session
+
+    def _connect(self) -> None:
+        fresh = self.dialect.name == "sqlite" and _wants_wal(self.engine.url)
+        self.standing = None
+        raw = self._open_connection()
+        session = self.dialect.session(raw)
+        try:
+            self.dialect.prepare(raw)
+            if self.dialect.name == "sqlite":
+                self._synchronous = ""
+                if fresh:
+                    raw.execute("PRAGMA journal_mode=WAL").fetchall()
+            if not self._prepared and self.dialect.keeps_marks:
+                self._prepared = self.has_mark = self.schema.open_at_once(session, self.session_id)
+            if not self._prepared:
+                self.schema.prepare(
+                    session,
+                    create=not self.skip_table_creation,
+                    check=not self.skip_compatibility_check,
+                )
+                self._prepared = True
+            if self.dialect.keeps_marks and not self.has_mark:
+                self.has_mark = self.schema.open_mark(
+                    session, self.session_id, not self.skip_table_creation
+                )
+                self.seq = 0 if self.has_mark else self.seq
+        except BaseException:
+            self._end(session)
+            raise
+        self._session = session
+
+    def renew_session(self) -> None:
+        """Be another session from now on, whose mark no earlier exchange can touch."""
+        self.disconnect()
+        self.session_id = uuid.uuid4().hex
+        self.seq = 0
+        self.has_mark = False
+
+    def persistently(
+        self, attempt: Callable[[], _Answer], deadline_s: float | None = None
+    ) -> _Answer:
+        """Try again while the database rolls back or is away, until the deadline.
+
+        Raises:
+            LogUnavailableError: With the driver's error as its cause.
+        """
+        deadline_s = self.retry_deadline_s if deadline_s is None else deadline_s
+        give_up_at = self._clock.now_s() + deadline_s
+        backoff_s = _BACKOFF_FIRST_S
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                driver_error = driver_error_of(error)
+                fault = self.fault(driver_error)
+                if fault in (Fault.LOST, Fault.FENCED):
+                    self.disconnect()
+                elif fault in (Fault.AGAIN, Fault.EXISTS):
+                    self.rollback()
+                else:
+                    self.rollback()
+                    if self._is_drivers(driver_error):
+                        raise self.unavailable(driver_error) from driver_error
+                    raise
+                if self._clock.now_s() + backoff_s > give_up_at:
+                    raise self.unavailable(driver_error) from driver_error
+            except BaseException:
+                # An interrupt: a transaction, its locks or a message must not outlive it.
+                self.disconnect()
+                raise
+            # Jitter, or those who collided meet again.
+            self._clock.sleep(backoff_s * (0.5 + random.random()))
+            backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
+
+    @staticmethod
+    def _is_drivers(error: BaseException) -> bool:
+        module = type(error).__module__.split(".")[0]
+        return module in ("sqlite3", "psycopg", "psycopg2", "pymysql", "MySQLdb")
+
+    def fault(self, error: BaseException) -> Fault:
+        if self._is_drivers(error) or isinstance(error, OSError):
+            return self.dialect.fault(error)
+        return Fault.OTHER
+
+    def rollback(self) -> None:
+        if self._session is not None:
+            try:
+                self._session.rollback()
+            except Exception as error:
+                # SQLite says so if there is no transaction, which is what we want.
+                if "no transaction" not in str(error):
+                    self.disconnect()
+
+    def unavailable(self, error: BaseException) -> LogUnavailableError:
+        """The error for a database that was not reached, naming the cause but no password."""
+        return LogUnavailableError(
+            f"{self!r} could not be used, nothing was stored; the call may be made "
+            f"again. Cause: {type(error).__name__}: {self.clean(error)}"
+        )
+
+    def clean(self, error: BaseException) -> str:
+        text = " ".join(str(error).split())
+        for password in passwords(self.engine.url, self.engine_kwargs.get("connect_args", {})):
+            text = text.replace(password, "***")
+        return text
+
+    def be_durable(self, session: Session, durable: bool) -> None:
+        """SQLite syncs by connection, and can't be told within a transaction."""
+        if self.dialect.name != "sqlite":
+            return
+        level = "FULL" if durable and self.durability == "full" else "NORMAL"
+        if self._synchronous != level:
+            session.raw.execute(f"PRAGMA synchronous={level}")
+            self._synchronous = level
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+
+def fill_template(url: str) -> str:
+    """The URL with Optuna's one placeholder filled in; other braces are the user's own."""
+    return url.replace("{SCHEMA_VERSION}", str(t.SCHEMA_VERSION))
+
+
+def driver_error_of(error: BaseException) -> BaseException:
+    """What the driver said, below what SQLAlchemy made of it."""
+    original = getattr(error, "orig", None)
+    return original if isinstance(original, BaseException) else error
+
+
+def in_memory(url: sa.URL) -> bool:
+    if url.get_backend_name() != "sqlite":
+        return False
+    name = url.database or ":memory:"
+    return (
+        name == ":memory:"
+        or "mode=memory" in f"{name}{url.query.get('mode', '')}"
+        or (url.query.get("mode") == "memory")
+    )
+
+
+def sqlite_path(url: str) -> str | None:
+    """The file that a URL names; None for a server, and for a database in memory.
+
+    Raises:
+        ValueError: It is no URL.
+    """
+    try:
+        made = sa.make_url(fill_template(url))
+    except sa.exc.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if made.get_backend_name() != "sqlite" or in_memory(made):
+        return None
+    return (made.database or "").removeprefix("file:")
+
+
+def _wants_wal(url: sa.URL) -> bool:
+    """Whether this is a local file that does not hold a database yet."""
+    if in_memory(url) or (url.database or "").startswith("file:"):
+        return False
+    path = Path(url.database or "").absolute()
+    try:
+        empty = path.stat().st_size == 0
+    except OSError:
+        empty = True
+    return empty and is_local(path)
+
+
+def _create_engine(url: sa.URL, kind: type[Dialect], engine_kwargs: dict[str, Any]) -> Engine:
+    try:
+        dialect = object.__new__(kind)
+        options = dialect.engine_options(url, engine_kwargs)
+        if in_memory(url) and not {"poolclass", "creator", "pool"} & set(options):
+            # One connection for all threads; each would see a database of its own otherwise.
+            for sizing in ("pool_size", "max_overflow", "pool_timeout", "pool_recycle"):
+                options.pop(sizing, None)
+            options["poolclass"] = StaticPool
+        return sa.create_engine(url, **options)
+    except ImportError as error:
+        raise ImportError(
+            "Failed to import DB access module for the specified storage URL. "
+            f"Please install appropriate one: {error.name or error}."
+        ) from error
