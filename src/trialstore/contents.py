@@ -323,7 +323,7 @@ def slot_id(slot: TrialContents | FrozenTrial) -> int:
     return slot.id if isinstance(slot, TrialContents) else slot._trial_id
 
 
-def _internal(distribution: BaseDistribution, external: Any) -> float:
+def internal_value(distribution: BaseDistribution, external: Any) -> float:
     # A number is its own representation; Optuna's conversion refuses those that others stored
     # although the distribution forbids them.
     if isinstance(distribution, CategoricalDistribution):
@@ -363,7 +363,7 @@ def _trial_image(
         datetime_start=_time_text(start),
         datetime_complete=_time_text(complete),
         params={
-            name: _internal(distributions[name], external)
+            name: internal_value(distributions[name], external)
             for name, external in slot.params.items()
         },
         distributions=[

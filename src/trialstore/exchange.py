@@ -508,11 +508,13 @@ class Exchanger:
             verdicts = [str(told)] * len(deferred)
         else:
             verdicts = ["" if outcome is ACCEPTED else outcome.verdict.name for outcome in told]
-        for record, verdict in zip(deferred, verdicts, strict=True):
-            if verdict and verdict != Verdict.ACCEPTED.name:
-                text = _rejection(cast(TrialWrite, record), verdict)
+        for record, verdict in zip(cast("Sequence[TrialWrite]", deferred), verdicts, strict=True):
+            # One that was sent again, after an interrupt that hid the answer, may have been taken
+            # the first time and its trial have been finished since.
+            if verdict not in ("", Verdict.ACCEPTED.name) and not self.replica.says(record):
+                text = _rejection(record, verdict)
                 _logger.warning(text)
-                self._rejected.setdefault(cast(TrialWrite, record).trial_id, []).append(text)
+                self._rejected.setdefault(record.trial_id, []).append(text)
 
     # --- snapshots -------------------------------------------------------------------------------
 

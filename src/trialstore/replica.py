@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from json import dumps
 import logging
 import math
 import sys
@@ -34,7 +35,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import records as r
-from trialstore.contents import STATES, StudyContents, TrialContents, slot_id
+from trialstore.contents import STATES, StudyContents, TrialContents, internal_value, slot_id
 from trialstore.log import Wanted
 from trialstore.records import ACCEPTED, Outcome, Record, Verdict
 
@@ -613,6 +614,28 @@ class Replica:
             elif isinstance(record, r.SetTrialIntermediateValue):
                 shown.intermediate_values[record.step] = record.intermediate_value
         return shown.build(own_containers=False)
+
+    def says(self, record: r.TrialWrite) -> bool:
+        """Whether a trial reads as this record would have it, whoever wrote that."""
+        if not self.has_trial(record.trial_id):
+            return False
+        trial = self.trial(record.trial_id)
+        held: object = None
+        wanted: object = None
+        if isinstance(record, r.SetTrialParam):
+            name, wanted = record.param_name, record.param_value_internal
+            if name in trial.params:
+                held = internal_value(trial.distributions[name], trial.params[name])
+        elif isinstance(record, r.SetTrialIntermediateValue):
+            held, wanted = trial.intermediate_values.get(record.step), record.intermediate_value
+        elif isinstance(record, r.SetTrialUserAttr):
+            wanted, attrs = record.user_attr, trial.user_attrs
+            held = {key: attrs[key] for key in wanted if key in attrs}
+        elif isinstance(record, r.SetTrialSystemAttr):
+            wanted, attrs = record.system_attr, trial.system_attrs
+            held = {key: attrs[key] for key in wanted if key in attrs}
+        # As JSON, to which a tuple is a list, and in which NaN equals itself.
+        return wanted is not None and dumps(held) == dumps(wanted)
 
     def finished_trial(self, trial_id: int) -> FrozenTrial:
         """A finished trial. Raises KeyError for all others."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
+import itertools
+import math
 import os
 import sys
 import threading
@@ -463,42 +466,77 @@ def test_a_stale_reader_sees_its_own_writes_also_those_on_the_wire(
     assert seen == [{"k": 2}]
 
 
+def _is_interrupted_at(moment: int, use: Callable[[], object]) -> bool:
+    """Ctrl-C comes up around calls of the main thread; here around one in ``exchange.py``.
+
+    Returns:
+        Whether there are so many.
+    """
+    left = moment
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        code = frame.f_code
+        if code.co_filename != exchange.__file__ or code.co_name == "_give_up":
+            return
+        # Where the interpreter looks for signals: as a function begins, and after a call.
+        left -= event in ("call", "c_return")
+        if left == 0:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        use()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
 def test_an_interrupt_at_any_moment_leaves_the_lead_to_others(
     storage: Storage, study_id: int
 ) -> None:
-    """Ctrl-C comes up around calls of the main thread; here around each of an exchange."""
     trial_id = _started_trial(storage, study_id)
-
-    def is_interrupted_at(moment: int) -> bool:
-        left = moment
-
-        def profile(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal left
-            code = frame.f_code
-            if code.co_filename != exchange.__file__ or code.co_name == "_give_up":
-                return
-            # Where the interpreter looks for signals: as a function begins, and after a call.
-            left -= event in ("call", "c_return")
-            if left == 0:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
+    for moment in itertools.count(1):
         storage.set_trial_user_attr(trial_id, "k", moment)
-        sys.setprofile(profile)
-        try:
-            storage.flush()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.setprofile(None)
-        return False
-
-    moment = 1
-    while is_interrupted_at(moment):
+        if not _is_interrupted_at(moment, storage.flush):
+            break
         run_threads(storage.flush)
         assert storage.get_trial(trial_id).user_attrs == {"k": moment}
-        moment += 1
     assert moment > 20
+
+
+_WRITES: dict[str, Callable[[Storage, int], None]] = {
+    "param": lambda storage, trial_id: storage.set_trial_param(trial_id, "x", 0.25, _X),
+    "value": lambda storage, trial_id: storage.set_trial_intermediate_value(trial_id, 0, math.nan),
+    "user_attr": lambda storage, trial_id: storage.set_trial_user_attr(trial_id, "k", (1, [2])),
+    "system_attr": lambda storage, trial_id: storage.set_trial_system_attr(trial_id, "k", None),
+}
+
+
+@pytest.mark.parametrize("write", _WRITES.values(), ids=_WRITES)
+def test_what_was_stored_before_an_interrupt_is_not_told_as_lost(
+    storage: Storage, study_id: int, write: Callable[[Storage, int], None]
+) -> None:
+    """The tell took the write along; whether it did is not known after an interrupt."""
+    _started_trial(storage, study_id)
+    n_finished = 0
+    for moment in itertools.count(1):
+        trial_id = storage.create_new_trial(study_id)
+        write(storage, trial_id)
+        told = storage.get_trial(trial_id)
+        tell = functools.partial(storage.set_trial_state_values, trial_id, TrialState.COMPLETE)
+        if not _is_interrupted_at(moment, functools.partial(tell, [0.0])):
+            break
+        storage.flush()
+        trial = storage.get_trial(trial_id)
+        n_finished += trial.state.is_finished()
+        assert repr(trial.params) == repr(told.params)
+        assert repr(trial.intermediate_values) == repr(told.intermediate_values)
+        assert (trial.user_attrs, trial.system_attrs) == (told.user_attrs, told.system_attrs)
+    assert 0 < n_finished < moment > 20
 
 
 def _until_the_linger_ends(storage: Storage, clock: ManualClock) -> None:
