@@ -7,6 +7,7 @@ checks are about values alone; whether a study or trial takes them is for ``repl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import copy
 from datetime import datetime
 import json
 import math
@@ -73,6 +74,11 @@ def json_value(value: Any, what: str) -> Any:
 def any_value(value: Any, what: str) -> Any:
     """The value itself, for a store that never leaves this process."""
     return value
+
+
+def any_copied_value(value: Any, what: str) -> Any:
+    """A copy, likewise: one template is often edited and queued again."""
+    return copy.deepcopy(value)
 
 
 def direction_codes(directions: Sequence[StudyDirection]) -> list[int]:

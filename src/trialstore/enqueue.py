@@ -80,7 +80,7 @@ def _are_same(params: dict[str, Any], others: Any) -> bool:
 def _is_same(value: Any, other: Any) -> bool:
     if not isinstance(value, type(other)):
         return False
-    if isinstance(value, Real):
+    if isinstance(value, Real) and isinstance(other, Real):
         a, b = float(value), float(other)
         return (a != a and b != b) or math.isclose(a, b, rel_tol=_RELATIVE_TOLERANCE)
     return bool(value == other)

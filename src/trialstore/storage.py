@@ -569,8 +569,9 @@ class Storage(BaseStorage, BaseHeartbeat):
 
     def template_fields(self, template: FrozenTrial, n_objectives: int) -> dict[str, Any]:
         """The fields of a ``CreateTrial``. Raises TypeError or ValueError for what is refused."""
+        attribute = checks.any_copied_value if self._is_alone else checks.json_value
         return checks.template_fields(
-            template, n_objectives, self._attribute_value, self._is_alone, r.format_time
+            template, n_objectives, attribute, self._is_alone, r.format_time
         )
 
     def _start(self, record: r.CreateTrial | r.SetTrialStateValues) -> Outcome:

@@ -85,6 +85,22 @@ class ReadSuite(SuiteBase):
         value["a"].append(2)
         assert storage.get_trial(trial_id).user_attrs == {"k": {"a": [1]}}
 
+    def test_the_writer_may_go_on_editing_a_template(
+        self, storage: Storage, study_id: int
+    ) -> None:
+        study = optuna.load_study(study_name="study", storage=storage)
+        params: dict[str, Any] = {"x": 0, "y": [1]}
+        attrs: dict[str, Any] = {"a": [1]}
+        for number in range(3):
+            params["x"] = number
+            study.enqueue_trial(params, user_attrs=attrs)
+        params["y"].append(2)
+        attrs["a"].append(2)
+        trials = study.get_trials()
+        queued = [trial.system_attrs["fixed_params"] for trial in trials]
+        assert queued == [{"x": number, "y": [1]} for number in range(3)]
+        assert [trial.user_attrs for trial in trials] == [{"a": [1]}] * 3
+
     def test_a_parameter_set_twice_is_overwritten(self, storage: Storage, study_id: int) -> None:
         trial_id = storage.create_new_trial(study_id)
         storage.set_trial_param(trial_id, "x", 0.25, UNIT)
