@@ -35,11 +35,14 @@ class OptunaDatabase:
         db_password_secret: Name of the file in ``secrets_folder`` that holds the password, which
             may have any characters.
         db_name: Name of the database.
-        hostname: Host, or ``host:port``.
+        hostname: Host, or ``host:port``; an IPv6 address in brackets. "" is the local socket.
         driver: SQLAlchemy's name of database and driver: ``postgresql+psycopg2``,
             ``postgresql+psycopg``, ``mysql+pymysql`` …
         secrets_folder: Where secrets are mounted.
         options: For ``RDBStorage``, such as ``heartbeat_interval``.
+
+    Raises:
+        ValueError: A name is missing, such as a variable that is not set, or ``hostname`` is none.
     """
 
     def __init__(
@@ -53,6 +56,10 @@ class OptunaDatabase:
         secrets_folder: str | Path = SECRETS_FOLDER,
         **options: Any,
     ) -> None:
+        names = {"username": username, "db_password_secret": db_password_secret}
+        for what, name in {**names, "db_name": db_name, "hostname": hostname}.items():
+            if not isinstance(name, str) or (not name and what != "hostname"):
+                raise ValueError(f"{what} must be a name, not {name!r}.")
         self._username = username
         self._db_password_secret = db_password_secret
         self._db_name = db_name
@@ -62,6 +69,7 @@ class OptunaDatabase:
         self._options = options
         self._storage: RDBStorage | None = None
         self._lock = threading.Lock()
+        self._url()
 
     def __repr__(self) -> str:
         return f"OptunaDatabase({self._url().render_as_string()!r})"
@@ -89,7 +97,12 @@ class OptunaDatabase:
         return self._hostname
 
     def _url(self) -> sa.URL:
-        place = sa.make_url(f"{self._driver}://{self._hostname}")
+        try:
+            place = sa.make_url(f"{self._driver}://{self._hostname}")
+        except ValueError:
+            raise ValueError(
+                "hostname must be a host or host:port, with an IPv6 address in brackets."
+            ) from None
         return place.set(username=self._username, database=self._db_name)
 
     def _secret_file(self, secret_name: str) -> str:
@@ -277,7 +290,7 @@ def get_optuna_db(
 
 def _load_environment(env_file: str | Path | None) -> None:
     path = default_env_file() if env_file is None else Path(env_file)
-    if not path.exists():
+    if not path.is_file():
         if env_file is not None:
             raise SecretNotFoundError(f"There is no environment file {str(path)!r}.")
         return
@@ -287,7 +300,10 @@ def _load_environment(env_file: str | Path | None) -> None:
         raise ImportError(
             f"Reading {str(path)!r} needs python-dotenv: pip install 'trialstore[postgres]'."
         ) from error
-    load_dotenv(path)
+    try:
+        load_dotenv(path)
+    except UnicodeDecodeError:
+        raise SecretNotFoundError(f"The environment file {str(path)!r} is no UTF-8.") from None
 
 
 def _variable(name: str) -> str:

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 import pickle
 import threading
+from typing import Any
 
 import optuna
 import pytest
@@ -145,6 +146,30 @@ def test_a_missing_secret_is_named(secrets: Path) -> None:
             use()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "value"),
+    [
+        ("username", None),
+        ("username", ""),
+        ("db_password_secret", None),
+        ("db_name", None),
+        ("hostname", None),
+        ("hostname", "::1"),
+        ("hostname", "localhost:port"),
+    ],
+)
+def test_what_names_no_database_is_refused_by_its_argument(wrong: str, value: str | None) -> None:
+    names: dict[str, Any] = {
+        "username": "u",
+        "db_password_secret": "s",
+        "db_name": "d",
+        "hostname": "localhost",
+        wrong: value,
+    }
+    with pytest.raises(ValueError, match=f"^{wrong} must be "):
+        OptunaDatabase(**names)
+
+
 # --- the one instance ----------------------------------------------------------------------------
 
 
@@ -197,6 +222,11 @@ def test_what_is_missing_is_named_and_the_next_call_tries_again(
         get_optuna_db(secrets_folder=secrets / "elsewhere")
     with pytest.raises(RuntimeError, match="no environment file"):
         get_optuna_db(secrets_folder=secrets, env_file=secrets / "none.env")
+    with pytest.raises(RuntimeError, match="no environment file"):
+        get_optuna_db(secrets_folder=secrets, env_file=secrets)
+    (secrets / "other.env").write_bytes(b"OPTUNA_DB_USER=\xff")
+    with pytest.raises(RuntimeError, match=r"other.env' is no UTF-8"):
+        get_optuna_db(secrets_folder=secrets, env_file=secrets / "other.env")
     database = get_optuna_db(secrets_folder=secrets)
     assert database is get_optuna_db() is get_optuna_db(secrets_folder=str(secrets))
     for other in ({"driver": "mysql+pymysql"}, {"heartbeat_interval": 60}):
