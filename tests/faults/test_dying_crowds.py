@@ -302,6 +302,27 @@ def test_a_reaper_killed_at_any_moment_leaves_one_retry_each(
     _assert_retried_once(_trials(storage), set(range(n_trials)))
 
 
+def _reap_at_once(open_storage: OpenStorage, barrier: Any, failed: Any) -> None:
+    storage = _beating(open_storage)
+    study_id = storage.get_study_id_from_name("study")
+    found = storage._find_stale(study_id)
+    barrier.wait(_DEADLINE_S)
+    failed.put(storage._fail_stale(study_id, found))
+
+
+def test_a_dozen_reapers_make_one_failure_and_one_retry(
+    open_storage: OpenStorage, storage: Storage
+) -> None:
+    lost = _lose(storage, 3)
+    barrier, failed = _fork.Barrier(12), _fork.Queue()
+    reapers = [_start(_reap_at_once, open_storage, barrier, failed) for _ in range(12)]
+    by_reaper = [failed.get(timeout=_DEADLINE_S) for _ in reapers]
+    for reaper in reapers:
+        reaper.join(_DEADLINE_S)
+    assert sorted(id_ for ids in by_reaper for id_ in ids) == sorted(lost)
+    _assert_retried_once(_trials(storage), {0, 1, 2})
+
+
 def test_a_batch_torn_at_any_byte_is_made_whole_by_the_next_reaper(tmp_path: Path) -> None:
     path = tmp_path / "journal"
 
@@ -399,31 +420,39 @@ def test_a_dozen_processes_queue_four_sets_of_parameters_once(
     assert sorted(found) == [0, 1, 2, 3]
 
 
-def _spend(open_storage: OpenStorage, n_trials: int) -> None:
+def _spend(open_storage: OpenStorage, n_trials: int, asks: bool) -> None:
     warnings.simplefilter("ignore")
     storage = _beating(open_storage)
     storage.grace_period = 2
-    study = _load(storage)
+    study, budget = _load(storage), trialstore.MaxTrials(n_trials)
     with contextlib.closing(storage):
-        study.optimize(trialstore.MaxTrials(n_trials)(_objective))
+        if not asks:
+            study.optimize(budget(_objective))
+            return
+        while (trial := budget.ask(study)) is not None:
+            study.tell(trial, _objective(trial))
 
 
 @pytest.mark.timeout(3600)  # with --soak
 def test_a_budget_is_met_exactly_by_workers_that_die(
     open_storage: OpenStorage, storage: Storage, many: Callable[[int, int], int]
 ) -> None:
-    """Here time passes by itself; a worker that it passes too fast for is refused, and no harm:
-    another one, which has failed its trial, goes on."""
+    """Every other one asks and tells. Here time passes by itself; a worker that it passes too fast
+    for is refused, and no harm: another one, which has failed its trial, goes on."""
     n_trials, n_workers, n_kills = many(30, 500), many(4, 16), many(4, 30)
     rng = random.Random(4)
-    workers = [_start(_spend, open_storage, n_trials) for _ in range(n_workers)]
+
+    def start(number: int) -> Any:
+        return _start(_spend, open_storage, n_trials, number % 2 == 0)
+
+    workers = [start(number) for number in range(n_workers)]
     for killed in range(n_kills):
         _until(lambda k=killed: _counts(storage)["COMPLETE"] > n_trials * k // (n_kills + 2))  # type: ignore[misc]
         victim = rng.randrange(n_workers)
         with contextlib.suppress(ProcessLookupError):  # one that was starved and refused
             os.kill(workers[victim].pid, signal.SIGKILL)
         workers[victim].join(_DEADLINE_S)
-        workers[victim] = _start(_spend, open_storage, n_trials)
+        workers[victim] = start(victim)
     for worker in workers:
         worker.join(_DEADLINE_S)
     assert _counts(storage)["COMPLETE"] == n_trials
