@@ -69,6 +69,9 @@ class MaxTrials:
     other holder lives nobody can tell, so it does not wait: it stops, and fewer than ``n_trials``
     may end COMPLETE.
 
+    ``study.stop()`` ends the waiting. A ``timeout`` of ``optimize`` does not: Optuna looks at it
+    between trials only, and tells nobody what it is.
+
     Args:
         n_trials: How many trials of the study shall be COMPLETE, those of before included.
 
