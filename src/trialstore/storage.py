@@ -129,6 +129,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._attribute_value = checks.any_value if alone else checks.json_value
         self._clock = clock
         self._open(log)
+        self._grace_period: int | None = None
         self.heartbeat_interval = heartbeat_interval
         self.grace_period = grace_period
         if failed_trial_callback is not None:
@@ -867,6 +868,7 @@ class Storage(BaseStorage, BaseHeartbeat):
                 "needs the methods of trialstore.log.LeaseStore for it."
             )
         self._heartbeat_interval = interval_s
+        self._warn_of_a_short_grace()
         if self._heartbeat is not None:
             self._heartbeat.interval_changed()
 
@@ -879,6 +881,17 @@ class Storage(BaseStorage, BaseHeartbeat):
     def grace_period(self, grace_period_s: int | None) -> None:
         checks.duration(grace_period_s, "grace_period")
         self._grace_period = grace_period_s
+        self._warn_of_a_short_grace()
+
+    def _warn_of_a_short_grace(self) -> None:
+        interval_s = self._heartbeat_interval
+        if interval_s is not None and self._grace_period_s() <= interval_s:
+            _logger.warning(
+                "A grace_period of %s s ends before the next beat of a living worker, whose trial "
+                "is then failed; heartbeat_interval is %s s.",
+                self._grace_period,
+                interval_s,
+            )
 
     @property
     def failed_trial_callback(self) -> StaleTrialCallback | None:

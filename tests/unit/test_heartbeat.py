@@ -221,6 +221,19 @@ def test_an_owner_in_a_journal_is_no_path(path: Path) -> None:
     assert storage._exchanger.log.expired(0, {0: "../outside", 1: "", 2: "a" * 999}, 1.0) == []  # type: ignore[attr-defined]
 
 
+def test_a_grace_period_that_fails_the_living_is_told_of(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for options in ({"grace_period": 61}, {"heartbeat_interval": None, "grace_period": 1}, {}):
+        _open(path, **options)
+    assert not caplog.records
+    for too_short_s in (10, 60):
+        storage = _open(path, grace_period=too_short_s)
+    storage.heartbeat_interval = 90
+    assert caplog.text.count("is then failed; heartbeat_interval is 60 s") == 2
+    assert caplog.text.count("is then failed; heartbeat_interval is 90 s") == 1
+
+
 # --- backends of one's own -----------------------------------------------------------------------
 
 
