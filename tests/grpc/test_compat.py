@@ -150,6 +150,26 @@ def test_parent_and_child_go_on_though_grpc_was_there_before_us(how: str, tmp_pa
     )
 
 
+@pytest.mark.parametrize("url", ["memory://", "optuna+memory://", "optuna's server"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_server_that_keeps_no_leases_is_told_of_before_there_is_a_trial(
+    url: str, is_first: bool
+) -> None:
+    is_stock = url == "optuna's server"
+    port = serve("optuna+memory://" if is_stock else url, stock=is_stock)
+    with contextlib.closing(open_grpc(port)) as storage:
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE])
+        with contextlib.closing(open_grpc(port, heartbeat_interval=60)) as beating:
+            if not is_first:
+                beating.get_all_studies()
+            with pytest.raises(ValueError, match="keeps no leases: leave heartbeat_interval out"):
+                beating.create_new_trial(study_id)
+        assert storage.get_all_trials(study_id) == []
+        beating.heartbeat_interval = None
+        with contextlib.closing(beating):
+            assert beating.create_new_trial(study_id) == 0
+
+
 def test_both_packages_messages_live_in_one_process() -> None:
     """They have the same names, and protobuf's default pool has each name once."""
     from optuna.storages._grpc.auto_generated import api_pb2

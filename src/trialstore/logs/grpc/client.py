@@ -14,6 +14,7 @@ Source: docs/formats/grpc.md; gRPC core's ``GRPC_ENABLE_FORK_SUPPORT``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -396,7 +397,8 @@ class GrpcLog:
     def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
         """See ``LeaseStore``."""
         self._leased.discard(owner)
-        self._lease(pb.LeaseRequest.WITHDRAW, trial_ids, [owner])
+        with contextlib.suppress(ValueError):  # Who keeps no leases has none to withdraw.
+            self._lease(pb.LeaseRequest.WITHDRAW, trial_ids, [owner])
 
     def expired(
         self, study_id: int, running: Mapping[int, str], grace_period_s: float
