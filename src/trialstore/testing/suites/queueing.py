@@ -113,6 +113,26 @@ class QueueSuite(HeartbeatSuite):
         with pytest.raises(TypeError, match="dict"):
             trialstore.enqueue_trial(study, [1])  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_what_can_t_be_queued_leaves_nothing(
+        self, conditional: Storage, capabilities: Capabilities, skip: bool
+    ) -> None:
+        study = _study(conditional)
+        bad: Any
+        for bad in (None, "x", [("x", 1)], {"x": object()}, {"x": {1, 2}}):
+            if isinstance(bad, dict) and capabilities.keeps_objects:
+                continue
+            with pytest.raises(TypeError, match=r"dict|JSON"):
+                trialstore.enqueue_trial(study, bad, skip_if_exists=skip)
+        with pytest.raises(TypeError, match="key"):
+            trialstore.enqueue_trial(study, {"x": 1}, {1: 2}, skip_if_exists=skip)  # type: ignore[dict-item]
+        optuna.delete_study(study_name="study", storage=conditional)
+        with pytest.raises(KeyError):
+            trialstore.enqueue_trial(study, {"x": 1}, skip_if_exists=skip)
+        conditional.create_new_study([MINIMIZE], "study")
+        assert _study(conditional).trials == []
+        assert trialstore.enqueue_trial(_study(conditional), {"x": 1}, skip_if_exists=skip)
+
     @pytest.mark.parametrize("n_queued", [10, 300])
     def test_a_claim_costs_the_same_however_long_the_queue(
         self, storage: Storage, n_queued: int, capabilities: Capabilities
