@@ -30,6 +30,7 @@ from trialstore.errors import LogCompactedError, OutcomeUnknownError
 from trialstore.log import (
     NOTHING,
     START,
+    Batch,
     ConditionalLog,
     Cursor,
     Log,
@@ -322,8 +323,7 @@ class Exchanger:
 
         def told(news: Sequence[Record], cursor: Cursor) -> Sequence[AnyOperation]:
             with self.mutex:
-                known.update(self._replay(news))
-                self._cursor = cursor
+                known.update(self._take_in(news, cursor))
                 if are_known():
                     return ()
                 decided[:] = decide(self.replica)
@@ -339,12 +339,11 @@ class Exchanger:
                     if are_known():
                         return _outcomes_of(decided, known)
             with self.mutex:
-                self._cursor = batch.cursor
                 self.n_exchanges += 1
+                replayed = self._take_in(batch.news, batch.cursor)
                 if are_known():
-                    self._replay(batch.news)
                     return _outcomes_of(decided, known)
-                return self._apply(batch.news, batch.outcomes, decided)
+                return _outcomes_in(batch, decided, replayed)
 
     def use_log(self, use: Callable[[Any], _T]) -> _T:
         """Call something else that the log can do, while no exchange is on the wire."""
@@ -386,8 +385,9 @@ class Exchanger:
             # not keep the others out, least of all for ever.
             parts = [*([record] for record in deferred), *parts[1:]]
             outcomes = self._exchange_one_by_one(parts, len(deferred), wanted)
+        first = len(outcomes) - len(calls) - 1
+        self._look_at_refused(parts[:first], outcomes[:first])
         with self.mutex:
-            first = len(outcomes) - len(calls) - 1
             for part, told in zip(parts[:first], outcomes[:first], strict=True):
                 self._note_rejected(part, told)
             for call, told in zip(calls, outcomes[first + 1 :], strict=True):
@@ -419,10 +419,10 @@ class Exchanger:
                 # An attempt before this one, whose answer was lost, may have appended them.
                 known = self._read_anew()
         with self.mutex:
-            # First: what is applied must not come again, even if an own record is missing in it.
-            self._cursor = batch.cursor
             self.n_exchanges += 1
-            outcomes = self._apply(batch.news, batch.outcomes, fresh)
+            replays = batch.outcomes is None and bool(fresh)
+            replayed = self._take_in(batch.news, batch.cursor, replays)
+            outcomes = _outcomes_in(batch, fresh, replayed)
             if known:
                 known.update(zip((record.seq for record in fresh), outcomes, strict=True))
                 outcomes = [known[record.seq] for record in sent]
@@ -434,8 +434,7 @@ class Exchanger:
                 self._read_anew()
                 break
             with self.mutex:
-                self._apply(batch.news, (), [])
-                self._cursor = batch.cursor
+                self._take_in(batch.news, batch.cursor, replays=False)
                 self.n_exchanges += 1
         if self._saver is not None:
             self._saver.save_if_due(self._take_still)
@@ -468,28 +467,34 @@ class Exchanger:
         self._sending = []
         self._exchanged.notify_all()
 
-    def _apply(
-        self, news: Sequence[Record], judged: Sequence[Outcome] | None, sent: list[AnyOperation]
-    ) -> list[Outcome]:
-        """News into the replica; one outcome per sent record, the log's or the replay's."""
-        if judged is not None or not sent:
+    def _take_in(
+        self, news: Sequence[Record], cursor: Cursor, replays: bool = True
+    ) -> dict[int, Outcome]:
+        """News into the replica, which then stands at the cursor; hold the mutex.
+
+        Returns:
+            What became of this storage's records among them, by ``seq``; nothing if it is the
+            log that judges, or nobody asks.
+        """
+        known: dict[int, Outcome] = {}
+        try:
             if self._saver is not None:
                 self._saver.note(len(news))
-            apply_all(self.replica, news)
-            return list(judged or ())
-        return _outcomes_of(sent, self._replay(news))
-
-    def _replay(self, news: Sequence[Record]) -> dict[int, Outcome]:
-        """News into the replica; what became of this storage's records among them, by ``seq``."""
-        if self._saver is not None:
-            self._saver.note(len(news))
-        me = self.worker_id
-        outcomes = self.replica.apply_all(news)
-        return {
-            cast(Operation, record).seq: outcome
-            for record, outcome in zip(news, outcomes, strict=True)
-            if record.worker_id == me
-        }
+            if replays:
+                me = self.worker_id
+                known = {
+                    cast(Operation, record).seq: outcome
+                    for record, outcome in zip(news, self.replica.apply_all(news), strict=True)
+                    if record.worker_id == me
+                }
+            else:
+                apply_all(self.replica, news)
+            self._cursor = cursor
+        except BaseException:
+            # An interrupt. How much of the news was taken in nobody knows; all is read anew.
+            self.replica, self._cursor, self._saver = Replica(), START, None
+            raise
+        return known
 
     def _note_taken(self, sent: Sequence[AnyOperation], outcomes: Sequence[Outcome]) -> None:
         """What the log holds is not sent again, nor any more put off."""
@@ -500,6 +505,24 @@ class Exchanger:
                 if outcome.verdict is Verdict.ACCEPTED
             }
             self._sending = [record for record in self._sending if record.seq not in taken]
+
+    def _look_at_refused(
+        self,
+        parts: Sequence[Sequence[AnyOperation]],
+        told: Sequence[list[Outcome] | ValueError],
+    ) -> None:
+        """Have the replica show what the trials of refused deferred records say by now."""
+        unseen = {
+            cast(TrialWrite, record).trial_id
+            for part, outcomes in zip(parts, told, strict=True)
+            if not isinstance(outcomes, ValueError)
+            for record, outcome in zip(part, outcomes, strict=True)
+            if outcome.verdict is Verdict.FINISHED
+        }
+        unseen = {trial_id for trial_id in unseen if not self.replica.is_finished(trial_id)}
+        if unseen:
+            with contextlib.suppress(Exception):  # then they count as not stored
+                self._exchange([()], Wanted(trials=frozenset(unseen)))
 
     def _note_rejected(
         self, deferred: Sequence[AnyOperation], told: list[Outcome] | ValueError
@@ -634,6 +657,13 @@ class Alone(Exchanger):
     ) -> list[Outcome]:
         with self.mutex:
             return self.run(decide(self.replica), wanted)
+
+
+def _outcomes_in(
+    batch: Batch, sent: list[AnyOperation], replayed: dict[int, Outcome]
+) -> list[Outcome]:
+    """The log's, or the replay's."""
+    return _outcomes_of(sent, replayed) if batch.outcomes is None else list(batch.outcomes)
 
 
 def _outcomes_of(sent: Sequence[AnyOperation], replayed: dict[int, Outcome]) -> list[Outcome]:

@@ -7,9 +7,7 @@ import functools
 import itertools
 import math
 import os
-import sys
 import threading
-from types import FrameType
 from typing import Any, cast
 
 from optuna.distributions import FloatDistribution
@@ -18,6 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
+from interrupts import is_interrupted_at
 from trialstore import exchange
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
@@ -466,42 +465,13 @@ def test_a_stale_reader_sees_its_own_writes_also_those_on_the_wire(
     assert seen == [{"k": 2}]
 
 
-def _is_interrupted_at(moment: int, use: Callable[[], object]) -> bool:
-    """Ctrl-C comes up around calls of the main thread; here around one in ``exchange.py``.
-
-    Returns:
-        Whether there are so many.
-    """
-    left = moment
-
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal left
-        code = frame.f_code
-        if code.co_filename != exchange.__file__ or code.co_name == "_give_up":
-            return
-        # Where the interpreter looks for signals: as a function begins, and after a call.
-        left -= event in ("call", "c_return")
-        if left == 0:
-            sys.setprofile(None)
-            raise KeyboardInterrupt
-
-    sys.setprofile(profile)
-    try:
-        use()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.setprofile(None)
-    return False
-
-
 def test_an_interrupt_at_any_moment_leaves_the_lead_to_others(
     storage: Storage, study_id: int
 ) -> None:
     trial_id = _started_trial(storage, study_id)
     for moment in itertools.count(1):
         storage.set_trial_user_attr(trial_id, "k", moment)
-        if not _is_interrupted_at(moment, storage.flush):
+        if not is_interrupted_at(moment, storage.flush, exchange.__file__):
             break
         run_threads(storage.flush)
         assert storage.get_trial(trial_id).user_attrs == {"k": moment}
@@ -528,7 +498,7 @@ def test_what_was_stored_before_an_interrupt_is_not_told_as_lost(
         write(storage, trial_id)
         told = storage.get_trial(trial_id)
         tell = functools.partial(storage.set_trial_state_values, trial_id, TrialState.COMPLETE)
-        if not _is_interrupted_at(moment, functools.partial(tell, [0.0])):
+        if not is_interrupted_at(moment, functools.partial(tell, [0.0]), exchange.__file__):
             break
         storage.flush()
         trial = storage.get_trial(trial_id)

@@ -200,13 +200,12 @@ def test_a_live_owner_is_waited_for(kind: Any, path: str) -> None:
                 time.sleep(duration_s)
 
         lock = kind(path, clock=Watched())
-        waiter = threading.Thread(target=lock.acquire)
+        waiter = threading.Thread(target=lambda: lock.acquire() and lock.release())
         waiter.start()
         assert looked.wait(_DEADLINE_S)
         say(process)
         waiter.join(_DEADLINE_S)
         assert not waiter.is_alive()
-        lock.release()
 
 
 def test_a_stopped_owner_is_evicted_after_the_grace_period(

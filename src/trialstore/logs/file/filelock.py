@@ -224,7 +224,7 @@ class _FileLock(BaseJournalFileLock):
 
     def _begin(self) -> None:
         """The state of a lock that nobody in this process holds or waits for."""
-        self._thread_lock = threading.Lock()
+        self._thread_lock = threading.RLock()  # tells whether it is this thread's
         self._queue_fd = -1
         self._queued = False  # whether we hold the queue
         self._has_flock = fcntl is not None
@@ -264,15 +264,11 @@ class _FileLock(BaseJournalFileLock):
         Raises:
             LogUnavailableError: No lock file can be made in this folder.
         """
-        self._thread_lock.acquire()
         try:
+            self._thread_lock.acquire()
             self._acquire()
         except BaseException as error:
-            if self._held:
-                self._remove_own_lock_file()
-                self._held = False
-            self._leave_queue()
-            self._thread_lock.release()
+            self.abandon()
             if isinstance(error, OSError):
                 raise LogUnavailableError(
                     f"{self._lock_path}: the journal can't be locked for writing: {error}. The "
@@ -285,10 +281,10 @@ class _FileLock(BaseJournalFileLock):
         """Let the next one append; another's lock file, if we were evicted, is left alone.
 
         Raises:
-            RuntimeError: The lock is not held.
+            RuntimeError: This thread does not hold the lock.
         """
-        if not self._held:
-            raise RuntimeError(f"{self._lock_path} is not held by this lock object.")
+        if not self._held or not self._thread_lock.acquire(blocking=False):
+            raise RuntimeError(f"{self._lock_path} is not held by this thread and lock object.")
         try:
             self._remove_own_lock_file()
         finally:
@@ -296,6 +292,27 @@ class _FileLock(BaseJournalFileLock):
             self._owner = None
             self._leave_queue()
             self._thread_lock.release()
+            self._thread_lock.release()
+
+    def abandon(self) -> None:
+        """Give back whatever this thread has, if anything.
+
+        For who was interrupted in ``acquire``, in ``release``, or between the two, where what
+        there is may not have been noted yet.
+        """
+        if not self._thread_lock.acquire(blocking=False):
+            return  # another thread's
+        if self._owner is None and self._owner_path:
+            self._owner = _identity(self._owner_path)
+        if self._owner is not None and _identity(self._lock_path) == self._owner:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._lock_path)
+        self._held = False
+        self._owner = None
+        self._close_queue()
+        with contextlib.suppress(RuntimeError):
+            while True:
+                self._thread_lock.release()  # until it is nobody's
 
     # --- waiting -----------------------------------------------------------------------------
 

@@ -44,7 +44,11 @@ from trialstore.errors import (
     OutcomeUnknownError,
 )
 from trialstore.logs.file import system
-from trialstore.logs.file.filelock import file_system_is_local
+from trialstore.logs.file.filelock import (
+    JournalFileOpenLock,
+    JournalFileSymlinkLock,
+    file_system_is_local,
+)
 from trialstore.logs.file.lines import Decode, decode_checked, glued_at
 from trialstore.logs.file.position import BEGIN, MARK_BYTES, Position, mark_of
 from trialstore.logs.head import Head, decode_head
@@ -550,6 +554,13 @@ class JournalFile:
             yield
         except OSError as error:
             raise LogUnavailableError(f"{self.path} {what}: {error}") from error
+        except Exception:
+            raise
+        except BaseException:
+            # An interrupt, which may strike between the lock and whatever gives it back.
+            if isinstance(self.lock, (JournalFileSymlinkLock, JournalFileOpenLock)):
+                self.lock.abandon()
+            raise
 
     def _corrupt(self, reason: str, offset: int, number: int) -> LogCorruptError:
         return LogCorruptError(
