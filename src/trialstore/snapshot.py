@@ -252,7 +252,7 @@ def _hashable(cursor: Any) -> Cursor:
 # --- when to save --------------------------------------------------------------------------------
 
 # Replaying this many records takes a few tens of milliseconds; below that a snapshot is not worth
-# its file.
+# its file. Bytes do not count: large records take two thirds of their replay from a snapshot too.
 _RECORDS_MIN: Final = 20_000
 # A snapshot costs time in proportion to everything, so the next one waits for everything to have
 # grown in proportion; the sum of all saves then stays in proportion to the journal.

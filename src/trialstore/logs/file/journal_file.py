@@ -349,6 +349,8 @@ class JournalFile:
         caught_up: list[_T] = []
         self.acquire()
         try:
+            if not self._writable:
+                self.release_descriptor()  # by now it may be
             end = self.open(create=create)
             far_behind = end - position.offset > CATCH_UP_BYTES
         except BaseException:
