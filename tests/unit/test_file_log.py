@@ -21,6 +21,7 @@ import pytest
 from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, START, SnapshotStore
 from trialstore.logs.file import FileLog, journal_file, system
+from trialstore.logs.file.position import MARK_BYTES
 from trialstore.records import (
     AnyOperation,
     CreateStudy,
@@ -170,6 +171,42 @@ def test_nothing_new_costs_one_system_call(log: FileLog, monkeypatch: pytest.Mon
     assert log.exchange([], cursor, NOTHING).news == []
 
 
+def test_only_what_is_new_is_read(
+    log: FileLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [study(), trial(1), attr(2, "x" * 100_000)]
+    cursor = log.exchange(records, START, NOTHING).cursor
+    FileLog(str(path)).exchange([trial(3)], START, NOTHING)
+    n_bytes = 0
+    original = system.pread
+
+    def counted(fd: int, count: int, offset: int) -> bytes:
+        nonlocal n_bytes
+        found = original(fd, count, offset)
+        n_bytes += len(found)
+        return found
+
+    monkeypatch.setattr(system, "pread", counted)
+    assert seqs(log.exchange([], cursor, NOTHING).news) == [3]
+    assert n_bytes == len(encode_line(trial(3))) + MARK_BYTES
+
+
+def test_an_append_is_one_write(log: FileLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    written = []
+    original = os.write
+
+    def traced(fd: int, data: bytes) -> int:
+        written.append((fd, bytes(data)))
+        return original(fd, data)
+
+    monkeypatch.setattr(os, "write", traced)
+    records = [trial(1), attr(2, 1), complete(3)]
+    log.exchange(records, cursor, NOTHING)
+    lines = b"".join(map(encode_line, records))
+    assert [data for fd, data in written if fd == log._file.fd] == [lines]
+
+
 def test_any_lock_object_will_do(path: Path) -> None:
     calls = []
 
@@ -273,6 +310,7 @@ def test_cut_at_every_byte_nothing_acknowledged_is_lost(
         assert read_all(path) == expected
         reader = FileLog(str(path))
         cursor = reader.exchange([], START, NOTHING).cursor
+        assert path.read_bytes() == whole + torn[:cut] + padding, "readers leave the tail alone"
         if optuna_first:
             OptunaFileBackend(str(path)).append_logs([json.loads(optuna_line(trial(5)))])
             expected.append(msgspec.structs.replace(trial(5), seq=-1))
@@ -381,8 +419,9 @@ def test_a_line_that_is_no_record_is_damage(path: Path, line: bytes) -> None:
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), LogCorruptError)
 
 
-def test_fuzzed_lines_give_our_error_or_records(path: Path) -> None:
-    acknowledged(path)
+def test_fuzzed_lines_give_our_error_or_what_was_written(path: Path) -> None:
+    """Whole lines may have gone without a trace; what is read is what they said, in order."""
+    records = acknowledged(path)
     whole = path.read_bytes()
     rng = random.Random(20)
     for _ in range(500):
@@ -399,9 +438,12 @@ def test_fuzzed_lines_give_our_error_or_records(path: Path) -> None:
             damaged = damaged or bytearray(b"\n")
         path.write_bytes(damaged)
         try:
-            read_all(path)
+            found = read_all(path)
         except LogCorruptError:
             assert path.read_bytes() == damaged
+        else:
+            written = iter(records)
+            assert all(record in written for record in found)
 
 
 def test_damage_seen_without_the_lock_is_looked_at_again_with_it(
@@ -593,6 +635,16 @@ def test_foreign_stale_and_damaged_snapshots_are_ignored(log: FileLog, path: Pat
     path.write_bytes(encode_line(study(5)) + encode_line(trial(1)))
     assert FileLog(str(path)).load_snapshot() is None
     path.unlink()
+    assert log.load_snapshot() is None
+
+
+def test_a_snapshot_of_a_journal_with_other_records_is_ignored(log: FileLog, path: Path) -> None:
+    before, after = [study(), attr(1, "a"), trial(2)], [study(), attr(1, "b"), trial(2)]
+    cursor = log.exchange(before, START, NOTHING).cursor
+    assert log.save_snapshot(lambda: (b"contents", cursor))
+    assert log.load_snapshot() is not None
+    # The first record, the size and the last bytes are the same.
+    path.write_bytes(b"".join(map(encode_line, after)))
     assert log.load_snapshot() is None
 
 

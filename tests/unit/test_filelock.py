@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import logging
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -165,6 +166,85 @@ def test_plain_optuna_locks_exclude_ours(kind: Any, optunas: Any, path: str) -> 
 
 def test_without_flock_threads_exclude_each_other(kind: Any, path: str, no_flock: None) -> None:
     test_threads_exclude_each_other(kind, path, shared=False)
+
+
+class OptunasTime:
+    """What the module of Optuna's locks takes for ``time``; moves when it sleeps.
+
+    Args:
+        at_sleep: Called with the time, each time that it does.
+    """
+
+    def __init__(self, at_sleep: Callable[[float], None] = lambda now_s: None) -> None:
+        self._at_sleep = at_sleep
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, duration_s: float) -> None:
+        self.now_s += duration_s
+        self._at_sleep(self.now_s)
+
+
+def optuna_acquires(lock: Any, now: OptunasTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optuna.storages.journal._file.time", now)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns when it evicts
+        lock.acquire()
+
+
+@pytest.mark.parametrize("optunas", OPTUNAS, ids=lambda kind: kind.__name__)
+def test_a_plain_optuna_waiter_sees_how_old_our_lock_file_is(
+    kind: Any, optunas: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = kind(path)
+    lock.acquire()
+    now = OptunasTime()
+    optuna_acquires(optunas(path, grace_period=7), now, monkeypatch)
+    assert 7 < now.now_s < 9
+    theirs = os.lstat(path + ".lock").st_ino
+    lock.release()
+    assert os.lstat(path + ".lock").st_ino == theirs
+
+
+@pytest.mark.parametrize("optunas", OPTUNAS, ids=lambda kind: kind.__name__)
+def test_a_plain_optuna_waiter_evicts_nobody_while_our_lock_changes_hands(
+    kind: Any, optunas: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = kind(path)
+    lock.acquire()
+
+    def hand_over(now_s: float) -> None:
+        before = os.lstat(path + ".lock")
+        lock.release()
+        if now_s > 20:
+            return
+        while True:  # a file's time moves in steps of some milliseconds
+            lock.acquire()
+            now = os.lstat(path + ".lock")
+            if (now.st_ino, now.st_mtime) != (before.st_ino, before.st_mtime):
+                return
+            lock.release()
+
+    now = OptunasTime(hand_over)
+    optuna_acquires(optunas(path, grace_period=7), now, monkeypatch)
+    assert now.now_s > 20
+
+
+def test_the_lock_file_is_a_regular_one_that_names_its_owner(kind: Any, path: str) -> None:
+    lock, another = kind(path), kind(path)
+    texts = []
+    for one in (lock, another):
+        one.acquire()
+        assert stat.S_ISREG(os.lstat(path + ".lock").st_mode)
+        texts.append(Path(path + ".lock").read_text().splitlines())
+        one.release()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.exists():
+        assert all(f"boot {boot.read_text().strip()}" in text for text in texts)
+    tokens = [line for text in texts for line in text if line.startswith("token ")]
+    assert len(set(tokens)) == 2
 
 
 def test_optunas_own_backend_works_with_our_lock(kind: Any, path: str) -> None:
@@ -365,6 +445,20 @@ def test_an_owner_of_another_boot_gets_the_grace_period(
     assert 7 < clock.now_s() < 8
 
 
+def test_on_a_shared_file_system_the_dead_get_the_grace_period(
+    kind: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with holder(kind, path) as process:
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(filelock, "file_system_is_local", lambda path: False)
+        clock = ManualClock()
+        lock = kind(path, grace_period=7, clock=clock)
+        lock.acquire()
+        assert 7 < clock.now_s() < 8
+        lock.release()
+
+
 # --- release -------------------------------------------------------------------------------------
 
 
@@ -491,6 +585,18 @@ def test_where_links_fail_o_excl_does(
     monkeypatch.setattr(os, "link", refuse)
     test_threads_exclude_each_other(kind, path, shared=False)
     assert owner_files(path) == []
+
+
+def test_no_symlink_is_made(
+    kind: Any, path: str, no_flock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows they need a privilege."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("made a symlink")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    test_threads_exclude_each_other(kind, path, shared=False)
 
 
 def test_where_nothing_works_the_error_says_so(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+import pickle
 import threading
 from typing import Any
 
@@ -12,11 +14,13 @@ import pytest
 
 from trialstore import exchange, snapshot
 from trialstore.log import Batch, Cursor, Wanted
+from trialstore.logs.file import FileLog
 from trialstore.records import AnyOperation, Record
 from trialstore.storage import Storage
 
 _STUDIES = 5
 _TRIALS = 3
+_DEADLINE_S = 60.0
 
 
 class _Journal:
@@ -195,6 +199,71 @@ def test_a_snapshot_is_saved_once_replaying_has_become_long(
     reader = Storage(journal, linger_s=0)
     assert reader.get_all_trials(study_id) == storage.get_all_trials(study_id)
     assert journal.n_read < 20
+
+
+def test_nobody_waits_for_a_snapshot(journal: _Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_RECORDS_MIN", 1)
+    begun, go_on = threading.Event(), threading.Event()
+    save = journal.save_snapshot
+
+    def slow(make: Callable[[], tuple[bytes, Cursor] | None]) -> bool:
+        begun.set()
+        assert go_on.wait(_DEADLINE_S)
+        return save(make)
+
+    monkeypatch.setattr(journal, "save_snapshot", slow)
+    storage = Storage(journal, linger_s=0)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE])
+    assert begun.wait(_DEADLINE_S)
+    for number in range(5):
+        assert storage.get_trial(storage.create_new_trial(study_id)).number == number
+    assert journal.snapshot is None
+    go_on.set()
+    saver = storage._exchanger._saver
+    assert saver is not None
+    saver.join()
+    assert journal.snapshot is not None
+
+
+def _damage(sidecar: Path) -> None:
+    image = bytearray(sidecar.read_bytes())
+    image[len(image) // 2] ^= 1
+    sidecar.write_bytes(image)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_damage, lambda sidecar: sidecar.write_bytes(pickle.dumps({})), Path.unlink],
+    ids=["damaged", "foreign", "deleted"],
+)
+def test_a_snapshot_that_cannot_be_used_is_made_anew(
+    tmp_path: Path, spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "_RECORDS_MIN", 5)
+    path = str(tmp_path / "journal")
+    sidecar = Path(f"{path}.snapshot")
+
+    def opened() -> Storage:
+        return Storage(FileLog(path), linger_s=0)
+
+    def saved(storage: Storage) -> None:
+        saver = storage._exchanger._saver
+        assert saver is not None
+        saver.join()
+        assert FileLog(path).load_snapshot() is not None
+
+    writer = opened()
+    study_id = writer.create_new_study([StudyDirection.MINIMIZE])
+    for value in range(10):
+        trial_id = writer.create_new_trial(study_id)
+        writer.set_trial_state_values(trial_id, TrialState.COMPLETE, [float(value)])
+    saved(writer)
+    spoil(sidecar)
+    assert FileLog(path).load_snapshot() is None
+    reader = opened()
+    assert reader.get_all_trials(study_id) == writer.get_all_trials(study_id)
+    saved(reader)
+    assert opened().get_all_trials(study_id) == writer.get_all_trials(study_id)
 
 
 def test_who_holds_not_all_studies_saves_all(
