@@ -966,17 +966,17 @@ class Storage(BaseStorage, BaseHeartbeat):
             Ids of the trials that this call failed; none while heartbeats are off.
 
         Raises:
-            KeyError: There is no such study.
+            KeyError: There is no study with the id that is given.
         """
         if not self.is_heartbeat_enabled():
             return []
         if study_id is not None:
             return self._fail_stale(study_id, self._find_stale(study_id))
-        return [
-            trial_id
-            for study in self.get_all_studies()
-            for trial_id in self.fail_stale_trials(study._study_id)
-        ]
+        failed: list[int] = []
+        for study in self.get_all_studies():
+            with contextlib.suppress(KeyError):  # deleted meanwhile
+                failed += self.fail_stale_trials(study._study_id)
+        return failed
 
     def is_any_covered(self, study_id: int, running: Mapping[int, str]) -> bool:
         """Whether other storages' leases cover any of these: then it ends, or is found dead.

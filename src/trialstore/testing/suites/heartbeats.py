@@ -135,6 +135,18 @@ class HeartbeatSuite(SuiteBase):
         assert reaper.get_trial(lost).state == TrialState.FAIL
         assert reaper.get_trial(lost).datetime_complete is not None
 
+    def test_looking_everywhere_passes_over_a_study_that_is_deleted_meanwhile(
+        self, lost: int, worker: Storage, reaper: Storage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gone = worker.create_new_study([StudyDirection.MINIMIZE], "gone")
+        listed = sorted(reaper.get_all_studies(), key=lambda study: -study._study_id)
+        assert listed[0]._study_id == gone
+        worker.delete_study(gone)
+        with pytest.raises(KeyError):
+            reaper.fail_stale_trials(gone)
+        monkeypatch.setattr(reaper, "get_all_studies", lambda: listed)
+        assert reaper.fail_stale_trials() == [lost]
+
     def test_a_living_worker_beats_for_all_its_trials_with_one_message(
         self, worker: Storage, reaper: Storage, age_leases: AgeLeases
     ) -> None:
