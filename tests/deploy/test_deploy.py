@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
+from ageing import age_leases
 from servers import SECRETIVE, free_port, shared_postgresql
 from trialstore.optuna_db import PASSWORD_SECRET, OptunaDatabase
 
@@ -170,6 +171,37 @@ def test_a_worker_that_is_asked_to_stop_finishes_its_trial(
     said = _said(worker)
     assert worker.returncode == 0, said
     assert {trial.state.name for trial in study.get_trials()} == {"COMPLETE"}
+
+
+@pytest.mark.servers
+def test_what_a_killed_worker_ran_is_run_again(
+    environment: dict[str, str], database: OptunaDatabase
+) -> None:
+    study = database.get_study("example")
+    running = (optuna.trial.TrialState.RUNNING,)
+    worker = _start("worker.py", {**environment, "N_TRIALS": "1000000"})
+    give_up_at = time.monotonic() + _DEADLINE_S
+    while True:
+        worker.send_signal(signal.SIGSTOP)
+        lost = [trial.number for trial in study.get_trials(states=running)]
+        if lost:
+            break
+        worker.send_signal(signal.SIGCONT)
+        assert worker.poll() is None and time.monotonic() < give_up_at
+        time.sleep(0.02)
+    worker.kill()
+    _said(worker)
+    age_leases(database.storage, 1000.0)
+    enough = len(study.get_trials()) + 2
+    second = _start("worker.py", {**environment, "N_TRIALS": str(enough)})
+    said = _said(second)
+    assert second.returncode == 0, said
+    trials = study.get_trials()
+    assert [trial.number for trial in trials if trial.state.name == "FAIL"] == lost
+    retries = [trial for trial in trials if "retry_history" in trial.system_attrs]
+    assert [trial.system_attrs["retry_history"] for trial in retries] == [lost]
+    assert [trial.state.name for trial in retries] == ["COMPLETE"]
+    assert [trial.state.name for trial in trials].count("COMPLETE") == enough
 
 
 @pytest.mark.servers
