@@ -7,6 +7,7 @@ state. Here each of these is a write of its own, seen by everybody at once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+import inspect
 import itertools
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ from trialstore.records import Verdict
 from trialstore.storage import Storage
 
 _TRIALS_AT_ONCE: Final = 4_096
+_HAS_SYSTEM_ATTRS: Final = "system_attrs" in inspect.signature(StudySummary).parameters
+"""Whether a summary takes them, as before Optuna 5."""
 
 
 class OlderMethods(Storage):
@@ -104,6 +107,7 @@ class OlderMethods(Storage):
         for study in studies:
             summary = summaries.get(study._study_id)
             start = summary.datetime_start if summary else None
+            more: Any = {"system_attrs": study.system_attrs} if _HAS_SYSTEM_ATTRS else {}
             found.append(
                 StudySummary(
                     study_name=study.study_name,
@@ -114,6 +118,7 @@ class OlderMethods(Storage):
                     n_trials=sum(summary.counts.values()) if summary else 0,
                     datetime_start=r.parse_time(start) if start else None,
                     study_id=study._study_id,
+                    **more,
                 )
             )
         return found
