@@ -45,6 +45,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         studies: Ids of studies: name, directions, attributes.
         names: Names of studies, likewise.
         trials_of: Ids of studies: the study and all of its trials.
+        finished_of: Ids of studies: the study and those of its trials that are finished.
         waiting_of: Ids of studies: the study and which of its trials are WAITING.
         next_of: Ids of studies: the study and the first ``NEXT_MIN`` of its WAITING trials, by id.
         trials: Ids of trials.
@@ -58,6 +59,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     studies: frozenset[int] = _NONE
     names: frozenset[str] = _NONE
     trials_of: frozenset[int] = _NONE
+    finished_of: frozenset[int] = _NONE
     waiting_of: frozenset[int] = _NONE
     next_of: frozenset[int] = _NONE
     trials: frozenset[int] = _NONE
@@ -74,6 +76,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
             studies=self.studies | other.studies,
             names=self.names | other.names,
             trials_of=self.trials_of | other.trials_of,
+            finished_of=self.finished_of | other.finished_of,
             waiting_of=self.waiting_of | other.waiting_of,
             next_of=self.next_of | other.next_of,
             trials=self.trials | other.trials,

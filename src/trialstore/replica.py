@@ -522,7 +522,8 @@ class Replica:
 
     def unloaded(self, wanted: Wanted) -> set[int]:
         """Ids of the studies whose trials are wanted and not held."""
-        study_ids = {*wanted.trials_of, *wanted.waiting_of, *wanted.next_of}
+        study_ids = {*wanted.trials_of, *wanted.finished_of}
+        study_ids.update(wanted.waiting_of, wanted.next_of)
         study_ids.update(study_id for study_id, _ in (*wanted.numbers, *wanted.params))
         for trial_id in wanted.trials:
             if 0 <= trial_id < self._next_trial_id:

@@ -277,7 +277,7 @@ class Storage(BaseStorage, BaseHeartbeat):
                 if len(self._read_at_s) >= _READ_AT_MAX:
                     self._read_at_s.clear()
                 self._read_at_s[wanted] = began_s
-        self._followed |= wanted.trials_of
+        self._followed |= wanted.trials_of | wanted.finished_of
         with exchanger.mutex:
             return answer(exchanger.replica)
 
@@ -819,8 +819,9 @@ class Storage(BaseStorage, BaseHeartbeat):
                 if trial.state == TrialState.COMPLETE:
                     return trial
                 # Its values can't be read; the replica knows which is the best of the others.
-        of = frozenset((study_id,))
-        wanted = Wanted(trials_of=of) if len(directions) == 1 else Wanted(studies=of)
+        wanted = _finished_of(study_id)
+        if len(directions) > 1:
+            wanted = Wanted(studies=frozenset((study_id,)))
         return self._read(wanted, lambda replica: replica.best_trial(study_id))
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
@@ -1047,7 +1048,9 @@ def _judged_by(record: r.AnyOperation) -> Wanted:
 def _trials_wanted(study_id: int, states: Container[TrialState] | None) -> Wanted:
     if states == _WAITING_ONLY or states == [TrialState.WAITING]:
         return _waiting_of(study_id)
-    return _trials_of(study_id)
+    if states is None or TrialState.RUNNING in states or TrialState.WAITING in states:
+        return _trials_of(study_id)
+    return _finished_of(study_id)
 
 
 # Asked for several times a trial, of the same few studies.
@@ -1061,6 +1064,11 @@ def _waiting_of(study_id: int) -> Wanted:
 @functools.lru_cache
 def _next_of(study_id: int) -> Wanted:
     return Wanted(next_of=frozenset((study_id,)))
+
+
+@functools.lru_cache
+def _finished_of(study_id: int) -> Wanted:
+    return Wanted(finished_of=frozenset((study_id,)))
 
 
 @functools.lru_cache

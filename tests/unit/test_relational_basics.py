@@ -342,6 +342,24 @@ def test_a_waiting_check_pulls_only_the_queue(shared_url: str) -> None:
     assert two.read(study_id) == one.read(study_id)
 
 
+def test_who_asks_for_the_finished_is_sent_no_others_twice(shared_url: str) -> None:
+    one, two = Model(shared_url), Model(shared_url)
+    study_id = one.study()
+    running, queued = one.trial(study_id), one.queue(study_id)
+    two.do(finished_of={study_id})
+    note = [
+        r.SetTrialUserAttr(worker_id="w", trial_id=trial_id, user_attr={"k": 1})
+        for trial_id in (running, queued)
+    ]
+    one.do(*note)
+    two.do(finished_of={study_id})
+    assert two.n_news == 0
+    one.do(tell(running, 1.0))
+    two.do(finished_of={study_id})
+    assert (two.n_news, two.trials[running].state) == (1, r.COMPLETE)
+    assert two.read(study_id) == one.read(study_id)
+
+
 def test_narrow_reads_never_skip_what_a_wide_one_needs(shared_url: str) -> None:
     one, two = Model(shared_url), Model(shared_url)
     study_id = one.study()

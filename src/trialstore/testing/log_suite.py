@@ -38,6 +38,7 @@ from trialstore.testing.values import ODD_ATTRIBUTES, ODD_FLOATS, ODD_TEXTS
 _MINIMIZE = 1
 _TIME = "2026-01-02T03:04:05.678901"
 _DEADLINE_S = 120.0
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 _UNIT = distribution_to_json(FloatDistribution(0.0, 1.0))
 _CHOICES = distribution_to_json(CategoricalDistribution(["a", "b"]))
@@ -427,6 +428,35 @@ class LogSuite(ConditionalSuite, LeaseSuite):
         theirs.exchange(wanted=Wanted(waiting_of=frozenset({study_id})))
         assert waiting(theirs) == [*there, late]
 
+    def test_wanting_the_finished_covers_whoever_finishes(
+        self, ours: Follower, theirs: Follower, stocked: dict[str, Any]
+    ) -> None:
+        study_id = stocked["study"]
+        wanted = Wanted(finished_of=frozenset({study_id}))
+
+        def finished() -> list[dict[str, Any]]:
+            theirs.exchange(wanted=wanted)
+            return [trial_contents(x) for x in theirs.replica.trials(study_id, _FINISHED)]
+
+        def truth() -> list[dict[str, Any]]:
+            return [trial_contents(x) for x in ours.trials(study_id) if x.state in _FINISHED]
+
+        assert finished() == truth()
+        ours.exchange(ours.user_attr(stocked["running"], "late", True))
+        assert finished() == truth()
+        claimed, ended = ours.create_trial(study_id), ours.create_trial(study_id)
+        ours.exchange(ours.state(ended, r.FAIL))
+        ours.exchange(ours.state(stocked["waiting"], r.RUNNING))
+        assert finished() == truth()
+        for one in (stocked["running"], stocked["waiting"], claimed):
+            ours.exchange(ours.state(one, r.COMPLETE, [2.0]))
+            assert finished() == truth()
+        assert len(finished()) == len(ours.trials(study_id))
+        ours.exchange(r.DeleteStudy(study_id=study_id, **ours.mark()))
+        theirs.exchange(wanted=wanted)
+        with pytest.raises(KeyError):
+            theirs.replica.trials(study_id, _FINISHED)
+
     def test_wanting_a_trial_covers_it(self, theirs: Follower, stocked: dict[str, Any]) -> None:
         theirs.exchange(wanted=Wanted(trials=frozenset({stocked["complete"]})))
         trial = theirs.replica.trial(stocked["complete"])
@@ -458,7 +488,7 @@ class LogSuite(ConditionalSuite, LeaseSuite):
         assert theirs.replica.distribution(study_id, "y") is None
 
     @pytest.mark.parametrize(
-        "kind", ["names", "studies", "waiting_of", "next_of", "trials", "params"]
+        "kind", ["names", "studies", "finished_of", "waiting_of", "next_of", "trials", "params"]
     )
     def test_a_narrow_read_skips_nothing_that_a_wider_one_needs_later(
         self, ours: Follower, theirs: Follower, stocked: dict[str, Any], kind: str
@@ -467,6 +497,7 @@ class LogSuite(ConditionalSuite, LeaseSuite):
         narrow = {
             "names": Wanted(names=frozenset({"s"})),
             "studies": Wanted(studies=frozenset({study_id})),
+            "finished_of": Wanted(finished_of=frozenset({study_id})),
             "waiting_of": Wanted(waiting_of=frozenset({study_id})),
             "next_of": Wanted(next_of=frozenset({study_id})),
             "trials": Wanted(trials=frozenset({stocked["running"]})),

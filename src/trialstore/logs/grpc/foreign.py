@@ -342,7 +342,8 @@ class _Reading:
             self._read_catalogue()
         for name in wanted.names:
             self._read_name(name)
-        followed = {*wanted.trials_of, *wanted.waiting_of, *wanted.next_of}
+        followed = {*wanted.trials_of, *wanted.finished_of}
+        followed |= {*wanted.waiting_of, *wanted.next_of}
         followed |= {one for one, _ in wanted.params}
         for study_id in sorted(wanted.studies):
             self._read_study(study_id)

@@ -195,11 +195,12 @@ class JudgedShare:
     def _read(self, request: Request) -> Answer:
         """With whole studies as they were when somebody opened them last, and what came since."""
         wanted, log = request.wanted, self.log
-        if not wanted.trials_of or not isinstance(log, Followable):
+        whole = wanted.trials_of | wanted.finished_of
+        if not whole or not isinstance(log, Followable):
             return self._exchange(request, NOTHING)
         cursor = unpack_cursor(request.cursor)
         kept: dict[int, _Opening] = {}
-        for study_id in sorted(wanted.trials_of):
+        for study_id in sorted(whole):
             if log.is_unread(cursor, study_id):
                 opening = self._opened(study_id)
                 joined = log.joined(cursor, opening.cursor, study_id)

@@ -265,13 +265,19 @@ def _touch(news: Iterable[Record], wanted: Wanted) -> bool:
     studies = {
         *wanted.studies,
         *wanted.trials_of,
+        *wanted.finished_of,
         *wanted.waiting_of,
         *wanted.next_of,
         *(study_id for study_id, _ in wanted.numbers),
     }
     # Nothing here knows the study of a trial; any may be of one that is wanted.
     any_trial = bool(
-        wanted.trials_of or wanted.waiting_of or wanted.next_of or wanted.numbers or wanted.params
+        wanted.trials_of
+        or wanted.finished_of
+        or wanted.waiting_of
+        or wanted.next_of
+        or wanted.numbers
+        or wanted.params
     )
     for record in news:
         if isinstance(record, (CreateStudy, DeleteStudy)):

@@ -573,6 +573,7 @@ class Exchange:
             or w.studies
             or w.names
             or w.trials_of
+            or w.finished_of
             or w.waiting_of
             or w.next_of
             or w.trials
@@ -602,7 +603,7 @@ class Exchange:
     def _concerned(self) -> list[int]:
         """Followed studies that this exchange writes on, or reads by what it knows of them."""
         w = self.wanted
-        ids = {*w.trials_of, *w.waiting_of, *w.next_of}
+        ids = {*w.trials_of, *w.finished_of, *w.waiting_of, *w.next_of}
         ids |= {one for one, _ in (*w.numbers, *w.params)}
         trials = set(w.trials)
         for record in self.records:

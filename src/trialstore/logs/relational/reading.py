@@ -93,6 +93,8 @@ class Reading:
         self._decoder = decoder
         self._after: Studies = dict(before)
         self._wanted = wanted
+        self._whole = wanted.trials_of | wanted.finished_of
+        """Studies that are followed trial by trial."""
         self._wrote = wrote
         self._splits = splits
         self.more = False
@@ -129,7 +131,7 @@ class Reading:
         trials.sort(key=lambda x: (x.study_id, x.trial_id))
         gone = [DeleteStudy(worker_id="", study_id=one) for one in self._gone]
         params = [x for x in self._put_params if x.study_id in self._after]
-        for study_id in self._wanted.trials_of & self._after.keys():
+        for study_id in self._whole & self._after.keys():
             all_id = self._after[study_id].all_id
             params += first_params(
                 x for x in trials if x.study_id == study_id and x.trial_id <= all_id
@@ -167,7 +169,7 @@ class Reading:
             self._plan_watch(steps, study_id)
         self._plan_trials(steps)
         polled = w.waiting_of | w.next_of
-        studies = w.studies | w.trials_of | {x for x in polled if not self._is_quiet(x)}
+        studies = w.studies | self._whole | {x for x in polled if not self._is_quiet(x)}
         involved = {one for one, _ in w.numbers} | {one for one, _ in w.params}
         involved |= set(self._wrote.created)
         studies |= {one for one in involved if one not in self._after}
@@ -182,7 +184,7 @@ class Reading:
         """Whether watching a study shows all that a poll for WAITING trials wants to know of it:
         it has trials, so it is gone if they are, and none of them is WAITING as far as we know."""
         known = self._after.get(study_id)
-        polled = study_id not in self._wanted.trials_of
+        polled = study_id not in self._whole
         return polled and known is not None and known.last_id > 0 and not known.waiting
 
     def _plan_rest(self) -> list[Step]:
@@ -238,16 +240,17 @@ class Reading:
         w = self._wanted
         ids = set(w.trials) | set(self._wrote.trials)
         turned: set[int] = set()
+        ended: set[int] = set()
         above: list[tuple[int, int]] = []
         within: list[tuple[int, int, int]] = []
         left: list[tuple[int, int, int]] = []
         queued: list[tuple[int, int]] = []
-        for study_id in sorted(w.trials_of | w.waiting_of | w.next_of):
+        for study_id in sorted(self._whole | w.waiting_of | w.next_of):
             if self._is_quiet(study_id):
                 continue
             known = self._after.get(study_id) or _UNKNOWN
             of_the_queue = known.waiting
-            if study_id not in w.trials_of | w.waiting_of and not known.has_gaps:
+            if study_id not in self._whole | w.waiting_of and not known.has_gaps:
                 of_the_queue, others = split(known.waiting, _LOOKED_AT)
                 if others:
                     self._looked[study_id] = of_the_queue, others
@@ -257,6 +260,10 @@ class Reading:
                 ids |= {one for one in known.held if one <= known.all_id}
                 # Attributes may be written on a WAITING trial, too, and nothing else tells.
                 within += ranges
+            elif study_id in w.finished_of:
+                above.append((study_id, known.all_id))
+                ended |= {one for one in known.held if one <= known.all_id}
+                left += ranges
             else:
                 left += ranges
                 queued.append((study_id, known.seen_id))
@@ -283,6 +290,7 @@ class Reading:
             left=s.pad_ranges("left", left, args),
             queued=len(queued),
             turned=s.pad("turned", sorted(turned), args),
+            ended=s.pad("ended", sorted(ended), args),
             numbers=len(numbers),
             created=len(created),
         )
@@ -407,7 +415,7 @@ class Reading:
         held = set(known.held)
         if images:
             last_id = max(last_id, max(x.trial_id for x in images))
-        if study_id in self._wanted.trials_of:
+        if study_id in self._whole:
             new = sorted(x.trial_id for x in images if x.trial_id > all_id)
             if self._splits and len(new) >= TRIALS_MAX:
                 # Those beyond, if there are any, came for other reasons.

@@ -580,6 +580,8 @@ class Selection(NamedTuple):
     """The WAITING ones of a study above an id."""
     turned: int = 0
     """Trials by id that have become WAITING."""
+    ended: int = 0
+    """Trials by id that are not RUNNING any more."""
     numbers: int = 0
     """A trial by study and number."""
     created: int = 0
@@ -620,6 +622,12 @@ def _selected(d: Dialect, n: Selection) -> Any:
         branches.append(
             _select(c.trial_id).where(
                 c.trial_id.in_(_params("turned", n.turned)), c.state == _WAITING
+            )
+        )
+    if n.ended:
+        branches.append(
+            _select(c.trial_id).where(
+                c.trial_id.in_(_params("ended", n.ended)), c.state != _RUNNING
             )
         )
     for i in range(n.numbers):

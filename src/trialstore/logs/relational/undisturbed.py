@@ -26,9 +26,9 @@ from trialstore.logs.relational.dialects import Dialect, record_time
 from trialstore.logs.relational.writing import FIELDS, is_bare
 from trialstore.records import Operation, PutTrial, Record
 
-_ROW, _NEXT, _WAITING, _ALL = range(4)
+_ROW, _NEXT, _WAITING, _FINISHED, _ALL = range(5)
 """How much of a study is known: its own rows, the next of its WAITING trials, which trials are
-WAITING, all of them."""
+WAITING, that and the finished ones, all of them."""
 _ON_RUNNING = (*FIELDS, r.SetTrialStateValues)
 
 
@@ -83,6 +83,7 @@ class Standing:
             (wanted.studies, _ROW),
             (wanted.next_of, _NEXT),
             (wanted.waiting_of, _WAITING),
+            (wanted.finished_of, _FINISHED),
             (wanted.trials_of, _ALL),
         ):
             for study_id in ids:
@@ -100,6 +101,7 @@ class Standing:
         studies = self.studies
         return (
             all(studies.get(one) == _ALL for one in wanted.trials_of)
+            and all(studies.get(one, _ROW) >= _FINISHED for one in wanted.finished_of)
             and all(studies.get(one, _ROW) >= _WAITING for one in wanted.waiting_of)
             and all(studies.get(one, _ROW) >= _NEXT for one in wanted.next_of)
             and wanted.studies <= studies.keys()
@@ -166,7 +168,7 @@ class Standing:
             probe = Probe(one.trial_id, one.number, start, 1)
         return msgspec.structs.replace(
             study,
-            all_id=one.trial_id if known == _ALL else study.all_id,
+            all_id=one.trial_id if known >= _FINISHED else study.all_id,
             seen_id=study.seen_id if known == _ROW else one.trial_id,
             last_id=one.trial_id,
             held=(*study.held, one.trial_id),
