@@ -272,7 +272,8 @@ class Storage(BaseStorage, BaseHeartbeat):
         exchanger = self._exchanger
         if not (self._max_staleness_s and self._is_recent(wanted)):
             began_s = self._clock.now_s() if self._max_staleness_s else 0.0
-            exchanger.run((), wanted)
+            # What waits in the outbox is of RUNNING trials: no part of an answer about others.
+            exchanger.run((), wanted, carry=not wanted.finished_of)
             if self._max_staleness_s:
                 if len(self._read_at_s) >= _READ_AT_MAX:
                     self._read_at_s.clear()

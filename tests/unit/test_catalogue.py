@@ -227,7 +227,7 @@ def test_a_read_of_the_trials_of_a_study_that_failed_follows_nothing(
         study_id = _filled(writer, [MINIMIZE], [1.0])
     with _cold(open_storage) as (storage, _):
 
-        def broken(records: Any, wanted: Wanted) -> Any:
+        def broken(records: Any, wanted: Wanted, **how: Any) -> Any:
             raise ConnectionError
 
         with monkeypatch.context() as patch:

@@ -105,7 +105,19 @@ class OutboxSuite(SuiteBase):
         assert (trial.params, trial.intermediate_values) == ({"x": 0.25}, {1: 2.0})
         assert (trial.user_attrs, trial.system_attrs) == ({"k": 1}, {"s": 2})
 
-    def test_any_read_carries_the_outbox_along(
+    def test_a_pruner_that_reads_does_not_wait_for_what_was_reported(
+        self, lingering: Storage, reader: Storage, asked: int
+    ) -> None:
+        study_id = lingering.get_study_id_from_name("study")
+        counter = count_exchanges(lingering)
+        self._write_all(lingering, asked)
+        assert len(lingering.get_all_trials(study_id, states=(TrialState.COMPLETE,))) == 1
+        assert [len(records) for records in counter.appended] == [0]
+        shown = lingering.get_all_trials(study_id)
+        assert [t.intermediate_values for t in shown if t._trial_id == asked] == [{1: 2.0}]
+        assert reader.get_trial(asked).intermediate_values == {1: 2.0}
+
+    def test_other_reads_carry_the_outbox_along(
         self, lingering: Storage, reader: Storage, asked: int
     ) -> None:
         self._write_all(lingering, asked)
