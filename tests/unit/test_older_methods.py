@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 import pytest
 
 from backends import Backend, params
+from servers import new_database
 from trialstore.rdb import RDBStorage
 
 MINIMIZE, MAXIMIZE, NOT_SET = (
@@ -262,3 +263,45 @@ def test_what_users_read_from_optunas_storage_is_there(tmp_path: Path) -> None:
     assert str(storage.engine.url) == str(optunas.engine.url)
     optunas.engine.dispose()
     storage.close()
+
+
+def test_the_example_of_older_documentation_runs() -> None:
+    storage = RDBStorage(
+        url="sqlite:///:memory:",
+        engine_kwargs={"pool_size": 20, "connect_args": {"timeout": 10}},
+    )
+    with contextlib.closing(storage):
+        study = optuna.create_study(storage=storage)
+        study.optimize(lambda trial: trial.suggest_float("x", -100, 100) ** 2, n_trials=10)
+        assert [trial.number for trial in storage.get_all_trials(study._study_id)] == [*range(10)]
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind", ["psycopg", "psycopg2", "pymysql"])
+def test_engine_kwargs_reach_the_engine_and_the_driver(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    engine_kwargs = {"pool_size": 3, "pool_recycle": 60, "connect_args": {"connect_timeout": 7}}
+    with contextlib.closing(RDBStorage(url, engine_kwargs)) as storage:
+        study = optuna.create_study(storage=storage)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+        assert storage.engine.pool.size() == 3  # type: ignore[attr-defined]
+        raw = storage.log.connection.session().raw  # type: ignore[attr-defined]
+        if kind == "pymysql":
+            assert raw.connect_timeout == 7
+        elif kind == "psycopg":
+            assert raw.info.get_parameters()["connect_timeout"] == "7"
+        else:
+            assert raw.info.dsn_parameters["connect_timeout"] == "7"
+    assert engine_kwargs == {
+        "pool_size": 3,
+        "pool_recycle": 60,
+        "connect_args": {"connect_timeout": 7},
+    }
+
+
+@pytest.mark.servers
+def test_mysql_asks_its_pooled_connections_unless_told_not_to(tmp_path: Path) -> None:
+    url = new_database("pymysql", tmp_path)
+    for given, wanted in (({}, True), ({"pool_pre_ping": False}, False)):
+        with contextlib.closing(RDBStorage(url, given)) as storage:
+            assert storage.engine.pool._pre_ping is wanted
