@@ -2,8 +2,9 @@
 
 Starts a private redis-server (append-only file, synced before each answer) unless ``--url`` names
 one; its database should be empty. The *floor* is Optuna's own trial in memory beside four plain
-commands, two of which append a trial's records, which the server syncs, and two fetch what the
-others appended, which is decoded once. No implementation in Python can exceed its factor here.
+commands on a bare connection, two of which append a trial's records, which the server syncs, and
+two fetch what the others appended, which is decoded once. No implementation in Python can exceed
+its factor here.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ import sys
 import time
 from typing import Any
 from urllib.parse import urlsplit
+import warnings
 
 import optuna
 from optuna.storages import BaseStorage
-import redis
 
 from benchmarks import crowd, harness
 from benchmarks.harness import OURS, Cost, Report, Row
 import trialstore
 from trialstore import snapshot
 from trialstore.logs.redis import RedisLog
+from trialstore.logs.redis.address import pool_of
+from trialstore.logs.redis.doors import Server
 from trialstore.records import decode_lines
 from trialstore.testing.faults import CountingProxy
 
@@ -48,6 +51,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, action="append", help="default: 4, then 16")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a crowd's sample")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     with Report("redis journal", arguments) as report, contextlib.ExitStack() as stack:
         url = arguments.url or stack.enter_context(private_server(report.new_folder()))
         compare_trials(report, url, arguments.trials, arguments.rounds)
@@ -143,18 +147,18 @@ def work_least(
     """Optuna's trial in memory, and the records of a journal's first trial, one value a batch."""
     optuna.logging.disable_default_handler()
     study = harness.new_study(optuna.storages.InMemoryStorage())
-    client = redis.Redis.from_url(url, single_connection_client=True)
+    door = Server(pool_of(url))
     count = read = 0
     start.wait()
     began_s = time.perf_counter()
     while time.perf_counter() - began_s < seconds:
         for data in (created, rest):
-            news: Any = client.lrange("floor", read, -1)
+            news = door.command("LRANGE", "floor", read, -1)
             decode_lines(b"".join(news))
             read += len(news)
             if data is rest:
                 study.optimize(harness.objective, n_trials=1)
-            client.rpush("floor", data)
+            door.command("RPUSH", "floor", data)
         count += 1
     sender.send((count, time.perf_counter() - began_s, [], ""))
 

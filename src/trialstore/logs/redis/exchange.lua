@@ -34,15 +34,18 @@
 --
 -- Source: docs/formats/redis.md.
 
+local format = string.format
+
 local function key_of(number)
-  return ARGV[1] .. string.format('%d', number)
+  return ARGV[1] .. format('%d', number)
 end
 
 local function answer(status, number, records)
-  if not records or #records == 0 then
-    return string.format('%s %d 0', status, number)
-  end
-  return string.format('%s %d %d\n', status, number, #records) .. table.concat(records, '\n')
+  records = records or {}
+  -- In front of them, and not before the whole with "..", which would copy the whole once more:
+  -- a fifth of what an answer of 30 records takes.
+  records[0] = format('%s %d %d', status, number, #records)
+  return table.concat(records, '\n', 0)
 end
 
 local stored = redis.call('GET', KEYS[1])
@@ -111,13 +114,13 @@ if #ARGV >= first then
     -- The leases before the records: if that key holds something else, nothing has been written yet.
     if first > 8 then
       local time = redis.call('TIME')
-      local now_ms = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
+      local now_ms = format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
       for index = 8, first - 1 do
         redis.call('HSET', KEYS[3], ARGV[index], now_ms)
       end
     end
     -- One command for all, or for each so many: Lua's stack ends at 8,000.
-    local new_last = string.format('%d', last + #fresh)
+    local new_last = format('%d', last + #fresh)
     local writes = {KEYS[1], new_last, KEYS[2], new_last}
     for index, record in ipairs(fresh) do
       writes[#writes + 1] = key_of(last + index)
