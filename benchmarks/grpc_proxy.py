@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import gc
 import logging
 import multiprocessing
@@ -25,6 +26,7 @@ import grpc
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
+import sqlalchemy as sa
 
 from benchmarks import crowd, harness
 from benchmarks.harness import OURS, Cost, Report, Row
@@ -62,8 +64,12 @@ def main() -> int:
                 filled[name] = harness.in_child(fill, store, folder, arguments.known)
             stores = {name: f"grpc://localhost:{port}" for name, port in ports.items()}
             for n_processes in arguments.processes or (4, 16):
-                crowd.compare(report, stores, n_processes, arguments.seconds, 1)
+                least = functools.partial(floor_of_crowd, ports[OURS])
+                crowd.compare(report, stores, n_processes, arguments.seconds, 1, least)
             compare_trials(report, ports, arguments.trials, arguments.rounds)
+            if "://" in arguments.store:
+                appends = {OURS: append_ms(arguments.store, arguments.trials)}
+                report.add(Row("two appends of the database alone", "ms", appends))
             compare_opening(report, ports, filled, arguments.known)
         if arguments.polls[0]:
             compare_polls(report, *arguments.polls)
@@ -161,6 +167,43 @@ def compare_trials(report: Report, ports: dict[str, int], n_trials: int, rounds:
     with CountingProxy("localhost", ports[OURS], delay_s=_DELAY_S) as proxy:
         least = floor(proxy.port, 5).wall_ms
     report.add(Row("the floor of a trial, 5 ms each way", "ms", {OURS: least}))
+
+
+def floor_of_crowd(port: int, folder: Path, n_processes: int, seconds: float) -> crowd.Crowd:
+    return crowd.gather(n_processes, seconds, work_least, port)
+
+
+def work_least(sender: Any, start: Any, port: int, seconds: float) -> None:
+    """As ``floor``, of many clients at once."""
+    study = harness.new_study(optuna.storages.InMemoryStorage())
+    count = 0
+    with grpc.insecure_channel(f"localhost:{port}") as channel:
+        call = channel.unary_unary("/grpc.health.v1.Health/Check")
+        call(b"")
+        start.wait()
+        began_s = time.perf_counter()
+        while time.perf_counter() - began_s < seconds:
+            study.optimize(harness.objective, n_trials=1)
+            for _ in range(_CALLS):
+                call(b"")
+            count += 1
+        sender.send((count, time.perf_counter() - began_s, [], ""))
+
+
+def append_ms(url: str, n_trials: int) -> float:
+    """What two rows, each in a transaction of its own, take a database."""
+    engine = sa.create_engine(url)
+    rows = sa.Table("bench_floor", sa.MetaData(), sa.Column("value", sa.Integer))
+    rows.create(engine)
+    with engine.connect() as connection:
+        began_s = time.perf_counter()
+        for _ in range(2 * n_trials):
+            connection.execute(rows.insert(), {"value": 1})
+            connection.commit()
+        took_s = time.perf_counter() - began_s
+    rows.drop(engine)
+    engine.dispose()
+    return took_s / n_trials * 1e3
 
 
 def floor(port: int, n_trials: int) -> Cost:
