@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 from pathlib import Path
+import re
 import select
 import signal
 import sqlite3
@@ -176,8 +177,24 @@ def test_serve_with_a_token(tmp_path: Path, cli: Cli) -> None:
     finally:
         process.kill()
         process.wait()
-    refused = cli("serve", f"{tmp_path}/j", "--host", "0.0.0.0", "--port", str(port))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--host", "0.0.0.0"], ["--certificate", "--key", "--token-file", "--allow-insecure"]),
+        (["--certificate", "c"], ["--certificate", "--key"]),
+        (["--client-ca", "c"], ["--client-ca", "--certificate", "--key"]),
+    ],
+)
+def test_serve_refuses_in_the_words_of_its_options(
+    options: list[str], named: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    refused = cli("serve", f"{tmp_path}/j", *options, "--port", str(free_port()))
     assert refused.code == 2
+    assert set(re.findall(r"--[a-z-]+", refused.err)) == set(named)
+    assert "_file" not in refused.err
+    assert "=True" not in refused.err
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])

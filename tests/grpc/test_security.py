@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import datetime, timedelta, timezone
+import hmac
 import ipaddress
 import itertools
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 import pickle
 import random
 import socket
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -25,6 +28,7 @@ from servers import free_port
 import trialstore
 from trialstore import grpc as trialstore_grpc
 from trialstore.errors import LogUnavailableError
+from trialstore.logs.grpc import status
 from trialstore.logs.grpc.client import TOKEN_VARIABLE
 from trialstore.logs.grpc.generated import log_pb2 as pb
 from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, calls
@@ -32,6 +36,7 @@ from trialstore.logs.grpc.server import ProxyServer, Security, is_loopback
 from trialstore.storage import Storage
 
 _MINIMIZE = [StudyDirection.MINIMIZE]
+_DEADLINE_S = 240.0
 
 
 def _refused(storage: Storage) -> str:
@@ -76,6 +81,39 @@ def _empty_request(service: Any, name: str) -> Any:
 def test_a_token_is_in_no_text(tmp_path: Path) -> None:
     storage = open_grpc(free_port(), token="s3cret", retry_deadline_s=0.1)
     assert "s3cret" not in _refused(storage) + repr(storage._exchanger.log) + repr(storage)
+
+
+def test_a_server_takes_its_token_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, " s3cret\n")
+    with KillableServer(served_url("journal", tmp_path)) as server:
+        assert open_grpc(server.port).get_all_studies() == []
+        monkeypatch.delenv(TOKEN_VARIABLE)
+        assert "token" in _refused(open_grpc(server.port))
+
+
+def test_a_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    (interceptor,) = Security(token="s3cret").interceptors()
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda *both: compared.append(both))
+    shown = (("authorization", "Bearer s3cret"),)
+    details = SimpleNamespace(
+        method="/trialstore.v1.LogService/Exchange", invocation_metadata=shown
+    )
+    interceptor.intercept_service(lambda details: None, details)
+    assert compared == [(b"Bearer s3cret", b"Bearer s3cret")]
+
+
+@pytest.mark.parametrize("token", ["pässword", "two\nlines", "a\ttab"])
+def test_a_token_that_no_header_can_hold_is_refused(token: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ASCII"):
+        Security(token=token)
+    with pytest.raises(ValueError, match="ASCII"):
+        open_grpc(1, token=token)
+    file = tmp_path / "token"
+    file.write_text(token)
+    assert "ASCII" in _refused(open_grpc(1, token_file=str(file)))
 
 
 def test_arguments_that_do_not_go_together_are_refused() -> None:
@@ -332,15 +370,43 @@ def test_a_port_that_is_taken_is_an_error() -> None:
             )
 
 
-def test_a_drained_server_has_answered_what_it_had_taken(tmp_path: Path) -> None:
-    with trialstore_grpc._shared(trialstore.InMemoryStorage(), 1) as share:
-        server = ProxyServer(
-            share,
-            trialstore.InMemoryStorage(),
-            host="localhost",
-            port=0,
-            security=Security(),
-        )
+class _Slow:
+    """A share whose exchanges wait until the test lets them go on."""
+
+    def __init__(self, share: Any) -> None:
+        self.log = share.log
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+        self._share = share
+
+    def exchange(self, request: Any) -> Any:
+        self.has_begun.set()
+        assert self.may_go_on.wait(_DEADLINE_S)
+        return self._share.exchange(request)
+
+
+def test_a_drained_server_has_answered_what_it_had_taken() -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    storage = trialstore.InMemoryStorage()
+    with trialstore_grpc._shared(storage, 1) as share:
+        slow: Any = _Slow(share)
+        server = ProxyServer(slow, storage, host="localhost", port=0, security=Security())
         server.start()
-        server.drain()
+        with grpc.insecure_channel(f"localhost:{server.port}") as channel:
+            exchange: Any = calls(channel, LOG_SERVICE)["Exchange"]
+            running = exchange.future(pb.ExchangeRequest(), timeout=_DEADLINE_S)
+            assert slow.has_begun.wait(_DEADLINE_S)
+            draining = threading.Thread(target=server.drain)
+            draining.start()
+            check = health_pb2_grpc.HealthStub(channel).Check
+            with pytest.raises(grpc.RpcError) as refused:
+                while True:  # until it has begun to drain
+                    check(health_pb2.HealthCheckRequest(), timeout=_DEADLINE_S)
+            assert status.is_transient(refused.value)
+            assert not running.done()
+            assert draining.is_alive()
+            slow.may_go_on.set()
+            assert running.result(_DEADLINE_S).cursor
+            draining.join(_DEADLINE_S)
+            assert not draining.is_alive()
         server.drain()

@@ -41,6 +41,7 @@ from trialstore.errors import (
 from trialstore.journal import JournalRedisBackend
 from trialstore.log import NOTHING, START, SnapshotStore
 from trialstore.logs.redis import RedisLog
+from trialstore.logs.redis.address import pool_of
 from trialstore.logs.redis.keys import has_hash_tag
 from trialstore.testing.capability_suites import AgeLeases
 from trialstore.testing.contents import storage_contents
@@ -824,6 +825,24 @@ def test_the_master_is_found_through_sentinel(standalone: _Where) -> None:
         assert len(copy.exchange([], START, NOTHING).news) == 1
     finally:
         sentinel.remove()
+
+
+def test_a_sentinel_url_says_what_is_asked_of_whom() -> None:
+    url = (
+        "rediss+sentinel://ann:s%40cret@one:1,two,[::1]:3/service/4"
+        "?ssl_ca_certs=/ca.pem&sentinel_password=other"
+    )
+    pool = pool_of(url)
+    assert pool.service_name == "service"
+    assert "SSL" in pool.connection_class.__name__
+    server = pool.connection_kwargs
+    assert (server["username"], server["password"], server["db"]) == ("ann", "s@cret", 4)
+    assert server["ssl_ca_certs"] == "/ca.pem"
+    asked = [
+        client.connection_pool.connection_kwargs for client in pool.sentinel_manager.sentinels
+    ]
+    hosts = [(each["host"], each["port"], each["password"]) for each in asked]
+    assert hosts == [("one", 1, "other"), ("two", 26379, "other"), ("::1", 3, "other")]
 
 
 def test_a_server_without_a_cluster_takes_the_cluster_flag(standalone: _Where) -> None:

@@ -61,9 +61,24 @@ def serve(
             token_file=_path(token_file),
             allow_insecure=allow_insecure,
         )
+    except ValueError as error:
+        raise ValueError(_in_options(str(error))) from error
     except RuntimeError as error:
         raise OSError(f"{host}:{port} can't be listened on: {error}") from error
     return None
+
+
+def _in_options(text: str) -> str:
+    """A refusal of ``run_grpc_proxy_server``, whose arguments are options here."""
+    for argument, option in (
+        ("client_ca_file", "--client-ca"),
+        ("certificate_file", "--certificate"),
+        ("key_file", "--key"),
+        ("token_file", "--token-file"),
+        ("allow_insecure=True", "--allow-insecure"),
+    ):
+        text = text.replace(argument, option)
+    return text
 
 
 def _path(path: Path | None) -> str | None:

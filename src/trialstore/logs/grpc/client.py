@@ -33,7 +33,7 @@ from trialstore.log import NOTHING, START, Base, Batch, Cursor, Decide, Wanted
 from trialstore.logs.grpc import payload, status
 from trialstore.logs.grpc.foreign import StorageLog
 from trialstore.logs.grpc.generated import log_pb2 as pb
-from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, Call, calls
+from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, Call, bearer, calls
 from trialstore.logs.grpc.stock import (
     REFUSALS,
     AnswerLostError,
@@ -115,6 +115,8 @@ class Credentials:
             raise ValueError("certificate_file and key_file go together.")
         if token is not None and token_file is not None:
             raise ValueError("Pass token or token_file, not both.")
+        if token is not None:
+            bearer(token)
         self.tls = tls or ca_file is not None or certificate_file is not None
         self._ca_file = ca_file
         self._certificate_file = certificate_file
@@ -142,7 +144,7 @@ class Credentials:
             token = Path(self._token_file).read_text().strip()
         if token is None:
             token = os.environ.get(TOKEN_VARIABLE, "").strip() or None
-        return () if token is None else (("authorization", f"Bearer {token}"),)
+        return () if token is None else (("authorization", bearer(token)),)
 
 
 def _read(path: str | None) -> bytes | None:
@@ -526,9 +528,9 @@ class GrpcLog:
             try:
                 self._metadata = self._credentials.metadata()
                 self._channel = self._credentials.channel(self._target, _OPTIONS)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise LogUnavailableError(
-                    f"{self!r}: a certificate or token can't be read: {error}"
+                    f"{self!r}: a certificate or token can't be used: {error}"
                 ) from error
             self._calls = {
                 **calls(self._channel, LOG_SERVICE),

@@ -44,3 +44,14 @@ def handler(servicer: Any, service: Any) -> grpc.GenericRpcHandler:
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def bearer(token: str) -> str:
+    """What shows a token in a call's metadata.
+
+    Raises:
+        ValueError: Nobody could show it: gRPC sends no call with such metadata.
+    """
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("A token must be printable ASCII, since it is sent in an HTTP header.")
+    return f"Bearer {token}"

@@ -34,7 +34,7 @@ from optuna.storages import BaseStorage
 from trialstore.log import Compacted, Limited, SnapshotStore
 from trialstore.logs.grpc import payload, status
 from trialstore.logs.grpc.generated import POOL, log_pb2 as pb
-from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, handler
+from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, bearer, handler
 from trialstore.logs.grpc.share import Request, Share
 from trialstore.logs.grpc.stock import StorageServicer
 
@@ -179,7 +179,7 @@ class Security:
         token_file: File that holds it.
 
     Raises:
-        ValueError: The arguments do not go together, or the token is empty.
+        ValueError: The arguments do not go together, or nobody could show the token.
         OSError: A file can't be read.
     """
 
@@ -202,7 +202,7 @@ class Security:
             token = Path(token_file).read_text().strip()
         if token is not None and not token:
             raise ValueError("The token is empty; everybody would have it.")
-        self._token = None if token is None else f"Bearer {token}".encode()
+        self._token = None if token is None else bearer(token).encode()
         self._tls: grpc.ServerCredentials | None = None
         if certificate_file is not None and key_file is not None:
             self._tls = grpc.ssl_server_credentials(
