@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 import msgspec
+import optuna
 from optuna.storages.journal import (
     JournalFileBackend as OptunaFileBackend,
     JournalFileOpenLock as OptunaOpenLock,
@@ -18,6 +19,7 @@ from optuna.storages.journal import (
 from optuna.storages.journal._file import BaseJournalFileLock
 import pytest
 
+import trialstore
 from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, START, SnapshotStore
 from trialstore.logs.file import FileLog, journal_file, system
@@ -596,6 +598,16 @@ def test_optunas_methods_keep_every_field(log: FileLog, path: Path) -> None:
     assert syncs.total == 1, "Optuna's storage relies on it"
     assert len(log.read_logs(2)) == 1
     assert len(log.read_logs(1)) == 2
+
+
+def test_optunas_storage_works_over_it(path: Path) -> None:
+    over_ours = optuna.storages.JournalStorage(FileLog(str(path)))
+    study = optuna.create_study(storage=over_ours, study_name="s")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=12, n_jobs=3)
+    all_theirs = optuna.storages.JournalStorage(OptunaFileBackend(str(path)))
+    all_ours = trialstore.JournalStorage(FileLog(str(path)))
+    assert len(study.trials) == 12
+    assert study.trials == all_theirs.get_all_trials(0) == all_ours.get_all_trials(0)
 
 
 # --- the snapshot beside it ----------------------------------------------------------------------
