@@ -12,11 +12,13 @@ from typing import Any
 
 import msgspec
 import optuna
+from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages.journal import (
     JournalFileBackend as OptunaFileBackend,
     JournalFileOpenLock as OptunaOpenLock,
 )
 from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.trial import TrialState
 import pytest
 
 import trialstore
@@ -446,6 +448,62 @@ def test_fuzzed_lines_give_our_error_or_what_was_written(path: Path) -> None:
         else:
             written = iter(records)
             assert all(record in written for record in found)
+
+
+def test_what_others_stored_and_nobody_can_read_is_left_out(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    choices = distribution_to_json(CategoricalDistribution(["a", "b"]))
+
+    def param(trial_id: int, internal: float, distribution: str) -> dict[str, Any]:
+        return {
+            "op_code": 5,
+            "trial_id": trial_id,
+            "param_name": f"p{trial_id}",
+            "param_value_internal": internal,
+            "distribution": distribution,
+        }
+
+    def told(trial_id: int, *values: float, at: str = _TIME) -> dict[str, Any]:
+        fields = {"op_code": 6, "trial_id": trial_id, "state": 1, "values": list(values)}
+        return {**fields, "datetime_complete": at}
+
+    OptunaFileBackend(str(path)).append_logs(
+        [
+            {"worker_id": "somebody", **fields}
+            for fields in (
+                {"op_code": 0, "study_name": "s", "directions": [1]},
+                *[{"op_code": 4, "study_id": 0, "datetime_start": _TIME}] * 6,
+                param(0, 7, choices),
+                told(0, 0.5),
+                param(1, 0.5, '{"name": "OddDistribution", "attributes": {}}'),
+                told(1, 0.5),
+                told(2, math.nan),
+                told(3, 0.5, 0.5),
+                told(4, 0.5, at="yesterday"),
+                param(5, 1, choices),
+                told(5, 0.25),
+            )
+        ]
+    )
+    storage = trialstore.JournalStorage(FileLog(str(path)))
+    for _ in range(2):
+        trials = storage.get_all_trials(0)
+        assert [trial.params for trial in trials] == [{}] * 5 + [{"p5": "b"}]
+        assert [trial.values for trial in trials] == [[0.5], [0.5], None, None, [0.5], [0.25]]
+        states = [TrialState.COMPLETE, TrialState.FAIL]
+        assert [states.index(trial.state) for trial in trials] == [0, 0, 1, 1, 0, 0]
+        assert trials[4].datetime_complete is None
+        assert storage.get_best_trial(0).number == 5
+    assert storage.get_trial(storage.create_new_trial(0)).number == 6
+    for where in (
+        "trial 0: its parameter 'p0'",
+        "trial 1: its parameter 'p1'",
+        "trial 2: its values",
+        "trial 3: its values",
+        "trial 4: its datetime_complete",
+    ):
+        assert caplog.text.count(f"Study 's', {where} can't be read") == 1
 
 
 def test_damage_seen_without_the_lock_is_looked_at_again_with_it(

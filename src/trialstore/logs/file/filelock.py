@@ -88,8 +88,9 @@ _LOCAL_FILE_SYSTEMS: Final = {
 }
 
 # A holder needs some 0.1 ms on a local disk and some round trips elsewhere; with 16 processes on 2
-# cores, trying five times as often takes a third of the throughput. The interval does not grow
-# with the wait: a waiter of long standing must not be the one that tries least often.
+# cores, trying five times as often takes a third of the throughput, and half or a quarter as often
+# gains none of it. The interval does not grow with the wait: a waiter of long standing must not be
+# the one that tries least often.
 _POLL_LOCAL_S: Final = 0.001
 _POLL_SHARED_S: Final = 0.002
 # Between two looks at what stands in the way, a try is one system call, at 31 us of CPU with the
