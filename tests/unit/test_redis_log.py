@@ -512,6 +512,18 @@ def test_keys_of_another_type_are_corruption(standalone: _Where) -> None:
         standalone.open().exchange([], START, NOTHING)
 
 
+@pytest.mark.parametrize("text", ["inf", "nan", "1e3", "3.5", "-5", "9" * 20])
+def test_a_number_that_counts_no_records_is_corruption(where: _Where, text: str) -> None:
+    """At once: some of them would have a reader wait for records without end."""
+    log, clock = where.open(), ManualClock()
+    cursor = log.exchange([_study("a", 0)], START, NOTHING).cursor
+    where.client.set(f"{where.prefix}:log_number", text)
+    for reader, begin in ((where.open(clock=clock), START), (log, cursor)):
+        with pytest.raises(LogCorruptError, match=re.escape(text)):
+            reader.exchange([_study("b", 1)], begin, NOTHING)
+    assert clock.slept_s == 0
+
+
 # --- snapshots -----------------------------------------------------------------------------------
 
 
@@ -776,6 +788,8 @@ def test_a_password_has_one_place() -> None:
         "http://:s3cret@host",
         "redis://:s3cret@host:6379?no_such_option=1&socket_timeout=long",
         "redis+sentinel://:s3cret@host:x/service",
+        "redis://:s3cret@host:6379?no_such_option=1",
+        "redis+sentinel://:s3cret@host:6379/service?no_such_option=1",
         "",
     ],
 )
@@ -786,6 +800,13 @@ def test_a_wrong_url_is_refused_without_quoting_it(url: str) -> None:
     assert "s3cret" not in str(error)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+def test_a_url_may_ask_for_text(standalone: _Where) -> None:
+    """Which redis-py's clients then return; a journal is bytes all the same."""
+    url = f"{standalone.url}/0?decode_responses=True"
+    log = RedisLog(url, prefix=standalone.prefix)
+    assert len(log.exchange([_study("a", 0)], START, NOTHING).news) == 1
 
 
 def test_a_pickle_carries_the_address_and_the_options_only(standalone: _Where) -> None:

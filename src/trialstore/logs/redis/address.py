@@ -25,7 +25,8 @@ _SENTINEL_SCHEMES: Final = {
 def check_url(url: str) -> None:
     """Raises ValueError for one that no connection can be made of."""
     try:
-        pool_of(url)
+        # Made, not connected: this is where an option is refused that there is not.
+        pool_of(url).make_connection()
         address_of(url)
     except (ValueError, TypeError):
         # Without the driver's words and without the cause: both may quote the password.
@@ -60,6 +61,13 @@ def with_password(url: str, password: Secret | None) -> str:
 
 def pool_of(url: str) -> Any:
     """Connections as the URL says; none is made yet."""
+    pool = _pool_of(url)
+    # An option that some give, for clients of their own; what is read here are bytes.
+    pool.connection_kwargs.pop("decode_responses", None)
+    return pool
+
+
+def _pool_of(url: str) -> Any:
     redis = driver()
     options = {
         "socket_timeout": SOCKET_TIMEOUT_S,

@@ -50,7 +50,8 @@ end
 
 local stored = redis.call('GET', KEYS[1])
 local last = tonumber(stored or '-1')
-if not last then
+-- What Lua takes for a number besides: '1e3', 'inf', and what no double counts to.
+if not last or not (stored or '-1'):find('^-?%d+$') or last < -1 or last > 2 ^ 53 then
   return answer('number', 0, {(stored:gsub('\n', ' '))})
 end
 if ARGV[4] ~= '' and redis.call('GETRANGE', key_of(0), -#ARGV[4], -1) ~= ARGV[4] then

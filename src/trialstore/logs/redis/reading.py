@@ -66,9 +66,12 @@ class Reader:
         """Number of the last record; -1 if there is none."""
         stored = door.command("GET", self.keys.number)
         try:
-            return -1 if stored is None else int(stored)
+            last = -1 if stored is None else int(stored)
         except ValueError:
             self.raise_damaged(b"number", 0, [stored], BEGIN)
+        if not -1 <= last <= 1 << 53:
+            self.raise_damaged(b"number", 0, [stored], BEGIN)
+        return last
 
     def first(self) -> bytes | None:
         """Record 0."""
