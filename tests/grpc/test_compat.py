@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from optuna.trial import TrialState
 import pytest
 
 from grpc_servers import open_grpc, serve, served_url
+from servers import free_port
 from trialstore.testing.contents import study_contents
 
 _ROOT = Path(__file__).parents[2]
@@ -85,14 +87,35 @@ def test_a_stock_worker_and_ours_work_on_one_study(
             )
 
 
-def test_our_client_and_a_stock_one_work_on_a_stock_server() -> None:
-    port = serve("optuna+memory://", stock=True)
-    with contextlib.closing(open_grpc(port)) as storage:
+@contextlib.contextmanager
+def _stock_server(python: str) -> Iterator[int]:
+    """A plain Optuna server in an environment of its own."""
+    port = free_port()
+    code = (
+        "import optuna\n"
+        "storage = optuna.storages.InMemoryStorage()\n"
+        f"optuna.storages.run_grpc_proxy_server(storage, port={port})"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    server = subprocess.Popen([python, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        with contextlib.closing(open_grpc(port)) as storage:
+            storage.wait_server_ready(240)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize("version", ["installed", "4.4"])
+def test_our_client_and_a_stock_one_work_on_a_stock_server(version: str) -> None:
+    python = sys.executable if version == "installed" else _python_44()
+    with _stock_server(python) as port, contextlib.closing(open_grpc(port)) as storage:
         study = optuna.create_study(study_name="s", storage=storage)
         study.enqueue_trial({"x": 0.25, "y": 4, "z": None})
-        _run_worker(sys.executable, port, 5)
+        _run_worker(python, port, 5)
         study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=5, n_jobs=2)
-        _run_worker(sys.executable, port, 5)
+        _run_worker(python, port, 5)
         assert [trial.number for trial in study.trials] == list(range(15))
         assert all(trial.state.is_finished() for trial in study.trials)
         assert [len(trial.params) for trial in study.trials] == [3] * 5 + [1] * 5 + [3] * 5

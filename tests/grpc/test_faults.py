@@ -23,6 +23,7 @@ import trialstore
 from trialstore import records as r
 from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
+from trialstore.logs.file import FileLog
 from trialstore.logs.grpc import (
     judged as judged_share,
     payload,
@@ -468,6 +469,34 @@ def test_a_study_that_many_open_is_read_from_the_tables_once(
                 with pytest.raises(KeyError):
                     reader.get_all_trials(study_id)
                 assert reader.get_all_studies() == []
+
+
+def test_what_many_read_of_a_journal_is_packed_once_and_a_poll_packs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = []
+
+    def pack(records: Any) -> Any:
+        packed.extend(records)
+        return payload.pack(records)
+
+    monkeypatch.setattr(sequential_share, "pack", pack)
+    log = FileLog(str(tmp_path / "journal.log"))
+    share = share_of(log, START, lambda: log, n_copies_max=1)
+    with contextlib.closing(Storage(ShareLog(share), linger_s=0.0)) as storage:
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+        readers = [Storage(ShareLog(share)) for _ in range(4)]
+        for number in range(5):
+            trial_id = storage.create_new_trial(study_id)
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [float(number)])
+            for reader in readers:
+                assert reader.get_n_trials(study_id) == number + 1
+        assert len(packed) == 1 + 5 * 2
+        for reader in readers:
+            assert study_contents(reader, study_id) == study_contents(storage, study_id)
+            reader.get_all_trials(study_id, states=(TrialState.WAITING,))
+            reader.close()
+        assert len(packed) == 1 + 5 * 2
 
 
 def test_what_clients_write_counts_for_the_next_snapshot() -> None:
