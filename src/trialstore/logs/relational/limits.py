@@ -1,12 +1,16 @@
-"""What a column can't hold is refused by name, before anything is written."""
+"""What a column can't hold is refused by name, before anything is written, and not asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 import math
-from typing import Any
+import operator
+from typing import Any, Final
+
+import msgspec
 
 from trialstore import records as r
+from trialstore.log import Wanted
 from trialstore.logs.relational import tables as t
 from trialstore.logs.relational.dialects import Dialect
 from trialstore.logs.relational.writing import template_values
@@ -41,6 +45,44 @@ def check_values(d: Dialect, records: Sequence[Operation]) -> None:
             _check_keys(d, record.user_attrs, where)
             _check_keys(d, record.system_attrs, where)
             _check_objectives(template_values(record), where)
+
+
+_IDS: Final = ("studies", "trials_of", "finished_of", "waiting_of", "next_of", "trials")
+
+
+def possible(d: Dialect, wanted: Wanted) -> Wanted:
+    """The same without what no column can hold: nothing is called so, and drivers would fail."""
+    changed: dict[str, Any] = {}
+    for name in _IDS:
+        ids = getattr(wanted, name)
+        if ids and not all(type(one) is int and abs(one) <= d.integer_max for one in ids):
+            found = [possible_id(d, one) for one in ids]
+            changed[name] = frozenset([one for one in found if one is not None])
+    if wanted.names:
+        changed["names"] = frozenset([name for name in wanted.names if _is_possible(d, name)])
+    if wanted.numbers:
+        pairs = [(possible_id(d, one), possible_id(d, n)) for one, n in wanted.numbers]
+        changed["numbers"] = frozenset([pair for pair in pairs if None not in pair])
+    return msgspec.structs.replace(wanted, **changed) if changed else wanted
+
+
+def possible_id(d: Dialect, one: Any) -> int | None:
+    """As an integer of Python's; None for what no column can hold."""
+    try:
+        number = operator.index(one)
+    except TypeError:
+        return None
+    return number if abs(number) <= d.integer_max else None
+
+
+def _is_possible(d: Dialect, text: Any) -> bool:
+    if not isinstance(text, str):
+        return False
+    try:
+        letters = text.encode()
+    except UnicodeEncodeError:
+        return False
+    return d.nul_in_text or b"\0" not in letters
 
 
 def _where(record: Operation) -> str:

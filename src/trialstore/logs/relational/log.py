@@ -24,7 +24,7 @@ from trialstore.logs.relational.cursor import read_cursor
 from trialstore.logs.relational.dialects import Dialect, record_time, shown_url
 from trialstore.logs.relational.exchange import Exchange
 from trialstore.logs.relational.findings import findings_in_tables
-from trialstore.logs.relational.limits import check_values
+from trialstore.logs.relational.limits import check_values, possible, possible_id
 from trialstore.logs.relational.loading import load_trials
 from trialstore.logs.relational.pieces import set_directions, set_values
 from trialstore.logs.relational.schema import database_bytes
@@ -140,6 +140,7 @@ class TablesLog:
         if records:
             self.connection.about_to_write()
             check_values(self._dialect, records)
+        wanted = possible(self._dialect, wanted)
         return Exchange(
             self.connection, self.leased, self._callers, list(records), studies, wanted
         ).run()
@@ -180,7 +181,10 @@ class TablesLog:
 
     def counts(self, study_id: int) -> dict[int, int] | None:
         """See ``Catalogue``."""
-        *states, (_, exists) = self._ask(self._dialect.step(s.counts, study_id=study_id))[0]
+        known_id = possible_id(self._dialect, study_id)
+        if known_id is None:
+            return None
+        *states, (_, exists) = self._ask(self._dialect.step(s.counts, study_id=known_id))[0]
         if not exists:
             return None
         return {t.STATES.index(state): n for state, n in states if state in t.STATES}
