@@ -336,7 +336,7 @@ WORKS = pytest.mark.parametrize(
 def test_nothing_is_lost_when_holders_of_the_lock_are_stopped(
     tmp_path: Path, lock: str, work: Callable[..., None], check: Callable[[Path, Fallen], None]
 ) -> None:
-    check(tmp_path, stop_fleet(work, tmp_path, lock, OURS, 2))
+    check(tmp_path, stop_fleet(work, tmp_path, lock, OURS, 1))
 
 
 @pytest.mark.soak

@@ -35,6 +35,7 @@ from trialstore.records import (
     SetTrialUserAttr,
     encode_line,
 )
+from trialstore.testing.clock import ManualClock
 from trialstore.testing.syncs import SyncCounter
 
 _TIME = "2026-01-02T03:04:05.678901+00:00"
@@ -333,6 +334,26 @@ def test_cut_at_every_byte_nothing_acknowledged_is_lost(
         assert [fields["op_code"] for fields in logs] == [
             json.loads(optuna_line(record))["op_code"] for record in expected
         ]
+
+
+def test_a_write_under_way_is_no_torn_tail(
+    log: FileLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a holder that was evicted, and goes on."""
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    line = encode_line(trial(1))
+    with path.open("ab") as file:
+        file.write(line[:40])
+
+    class Continues(ManualClock):
+        def sleep(self, duration_s: float) -> None:
+            if not path.read_bytes().endswith(b"\n"):
+                with path.open("ab") as file:
+                    file.write(line[40:])
+
+    monkeypatch.setattr(journal_file, "CLOCK", Continues())
+    assert seqs(log.exchange([trial(2)], cursor, NOTHING).news) == [1, 2]
+    assert seqs(read_all(path)) == [0, 1, 2]
 
 
 def test_garbage_behind_the_last_newline_goes(path: Path) -> None:

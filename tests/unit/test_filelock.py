@@ -471,6 +471,32 @@ def test_release_leaves_anothers_lock_alone(kind: Any, path: str) -> None:
     assert Path(path + ".lock").is_symlink()
 
 
+@pytest.mark.parametrize("optunas", OPTUNAS, ids=lambda kind: kind.__name__)
+def test_a_holder_stopped_in_the_middle_of_its_release_gives_anothers_lock_back(
+    kind: Any, optunas: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    lock, theirs = kind(path, clock=clock), optunas(path)
+    lock.acquire()
+    rename = os.rename
+    taken: list[int] = []
+
+    def stopped(*args: Any) -> None:
+        if not taken:
+            monkeypatch.setattr(os, "rename", rename)
+            theirs.release()  # as its waiters do after their grace period
+            theirs.acquire()
+            taken.append(os.lstat(path + ".lock").st_ino)
+            clock.advance(31)
+        rename(*args)
+
+    monkeypatch.setattr(os, "rename", stopped)
+    lock.release()
+    assert [os.lstat(path + ".lock").st_ino] == taken
+    theirs.release()
+    assert owner_files(path) == []
+
+
 def test_release_without_acquire_is_an_error(kind: Any, path: str) -> None:
     with pytest.raises(RuntimeError):
         kind(path).release()

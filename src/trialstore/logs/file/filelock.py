@@ -100,6 +100,8 @@ _LOOK_S: Final = 0.02
 # holder. It must come first, or it would be taken for a stopped one.
 _QUEUE_PATIENCE: Final = 1.25
 _WARN_AFTER_S: Final = 10.0
+# Nobody is evicted sooner: grace periods are whole seconds, ours and Optuna's.
+_EVICTION_S_MIN: Final = 0.5
 
 _OWNER_MAGIC: Final = b"trialstore-lock-1"
 _OWNER_BYTES_MAX: Final = 512
@@ -550,14 +552,32 @@ class _FileLock(BaseJournalFileLock):
     def _remove_own_lock_file(self) -> None:
         """Remove the lock file if it is still the one that we made.
 
-        To remove another's we would have to be stopped between these two calls for longer than
-        the grace period. There is no system call that does both.
+        It is moved first, because a move can be undone: if we were stopped between looking and
+        moving for so long that we were evicted, it is another's. A plain Optuna worker does not
+        survive that its lock file is gone.
         """
-        if self._owner is not None and _identity(self._lock_path) == self._owner:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._lock_path)
-        else:
+        began_at_s = self._clock.now_s()
+        if self._owner is None or _identity(self._lock_path) != self._owner:
             _logger.warning("The lock %s was taken from us while we held it.", self._lock_path)
+            return
+        # So named that it is swept if we are killed before it is removed.
+        aside = f"{self._lock_path}.{secrets.token_hex(8)}.owner"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._lock_path, aside)
+            was_stopped = self._clock.now_s() - began_at_s > _EVICTION_S_MIN
+            self._remove_aside(aside, self._owner if was_stopped else None)
+
+    def _remove_aside(self, aside: str, expected: _Identity | None) -> None:
+        """Remove a lock file that was moved aside, or give it back if it is not the expected one.
+
+        Args:
+            aside: Where it is now.
+            expected: What was to be moved; None if nothing else can have been.
+        """
+        if expected is not None and _identity(aside) != expected:
+            with contextlib.suppress(OSError):
+                os.link(aside, self._lock_path, follow_symlinks=False)
+        os.unlink(aside)
 
     # --- eviction ----------------------------------------------------------------------------
 
@@ -578,11 +598,8 @@ class _FileLock(BaseJournalFileLock):
                 os.rename(self._lock_path, aside)
             except FileNotFoundError:
                 return False
-            if _identity(aside) != seen:
-                # A plain Optuna worker evicted it and took the lock in between: give it back.
-                with contextlib.suppress(OSError):
-                    os.link(aside, self._lock_path, follow_symlinks=False)
-            os.unlink(aside)
+            # A plain Optuna worker may have evicted it and taken the lock in between.
+            self._remove_aside(aside, seen)
             return False
 
     @contextlib.contextmanager

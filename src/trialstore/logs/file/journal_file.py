@@ -36,6 +36,7 @@ import weakref
 
 from optuna.storages.journal._file import BaseJournalFileLock
 
+from trialstore.clock import CLOCK
 from trialstore.errors import (
     LogCompactedError,
     LogCorruptError,
@@ -62,6 +63,8 @@ _T = TypeVar("_T")
 CHUNK_BYTES: Final = 1 << 18
 # More than this behind, a worker catches up before it takes the lock.
 CATCH_UP_BYTES: Final = 1 << 16
+# A torn tail is a crash's, and rare; a write under way takes microseconds.
+_TAIL_SETTLES_S: Final = 0.005
 # With less space than this, a batch is first written so that it does not count.
 _SPACE_LOW_BYTES: Final = 1 << 24
 # What has not been synced is kept, to be written again if a sync fails; so much of it at most.
@@ -294,6 +297,10 @@ class JournalFile:
             end, caught_up, position = self._lock_and_catch_up(position, decode)
             try:
                 news, position, tail = self.read(position, end, decode)
+                while tail and self._is_growing(end):
+                    end = os.fstat(self.fd).st_size
+                    more, position, tail = self.read(position, end, decode)
+                    news += more
                 seen = caught_up + news
                 lines = lines_of(seen, position)
                 if lines is None:
@@ -366,6 +373,14 @@ class JournalFile:
                 self.release()
                 raise
         return end, caught_up, position
+
+    def _is_growing(self, end: int) -> bool:
+        """Whether the tail is a write under way, of one that was evicted.
+
+        A file grows page by page while it is written, and readers see that.
+        """
+        CLOCK.sleep(_TAIL_SETTLES_S)
+        return os.fstat(self.fd).st_size != end
 
     def _is_in_place(self) -> bool:
         """Whether the file that is open is still the one at the path."""
