@@ -103,6 +103,7 @@ class Worker:
     def __init__(self, work: Callable[..., None], folder: Path, name: str, lock: str, kind: str):
         self.name, self.kind = name, kind
         self._said = folder / f"{name}.said"
+        self._raised = folder / f"{name}.raised"
         said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.pid = os.fork()
         if self.pid == 0:
@@ -113,7 +114,7 @@ class Worker:
                 journal = str(folder / "journal")
                 work(journal, name, lock, kind, lambda line: os.write(said, f"{line}\n".encode()))
             except BaseException:
-                traceback.print_exc()
+                self._raised.write_text(traceback.format_exc())
             finally:
                 os._exit(1)
         os.close(said)
@@ -126,7 +127,7 @@ class Worker:
         """Wait until it has said more than so many lines."""
         give_up_at = time.monotonic() + _DEADLINE_S
         while len(self.said()) <= than:
-            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), f"{self.name} ended by itself"
+            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), self._why_it_ended()
             assert time.monotonic() < give_up_at, f"{self.name} does not get on"
             time.sleep(0.002)
 
@@ -134,7 +135,11 @@ class Worker:
         """Returns when it stands still."""
         os.kill(self.pid, signal.SIGSTOP)
         _, status = os.waitpid(self.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status), f"{self.name} ended by itself"
+        assert os.WIFSTOPPED(status), self._why_it_ended()
+
+    def _why_it_ended(self) -> str:
+        raised = self._raised.read_text() if self._raised.exists() else ""
+        return f"{self.name}, {self.kind}, ended by itself: {raised}"
 
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
