@@ -1,9 +1,7 @@
 """The queue: what it costs to claim the first of many WAITING trials, and of few.
 
 Before each trial ``study.ask`` reads the queue and claims its first; that pair is measured, in a
-storage that has read the queue once. The last rows of a store say how it grows with the queue. The
-store holds as many trials in either case, the others queued in another study: a database has other
-plans for a table of 50 rows, whatever is asked of it.
+storage that has read the queue once. The last rows of a store say how it grows with the queue.
 
 Without Rustuna, whose storages nobody else can use at the same time. Optuna is asked to claim
 twice, since with 5,000 queued trials that takes it seconds on tables.
@@ -56,9 +54,7 @@ def compare(
     # Both lengths in turn, too: it is their ratio that is asked for.
     cases = {f"{name} {n_queued}": (name, n_queued) for n_queued in lengths for name in names}
     samples = harness.in_turn(
-        list(cases),
-        rounds,
-        lambda case: claim(*cases[case], max(lengths), store, report.new_folder()),
+        list(cases), rounds, lambda case: claim(*cases[case], store, report.new_folder())
     )
     for unit, of in (("ms", lambda cost: cost.wall_ms), ("CPU ms", lambda cost: cost.cpu_ms)):
         medians = harness.medians(samples, of)
@@ -69,12 +65,10 @@ def compare(
         report.add(Row(f"{store}: the latter over the former, {unit}", "times", growth))
 
 
-def claim(name: str, n_queued: int, n_stored: int, store: str, folder: Path) -> Cost:
+def claim(name: str, n_queued: int, store: str, folder: Path) -> Cost:
     """The median of some claims from a new queue."""
     with new_store(name, store, folder) as (storage, filler):
-        place = storage if store == "memory" else filler
-        queue_in_bulk(place, n_stored - n_queued)
-        study = queue_in_bulk(place, n_queued)
+        study = queue_in_bulk(storage if store == "memory" else filler, n_queued)
         if store in ("psycopg", "psycopg2"):
             analyze(filler)
         study = optuna.load_study(study_name=study.study_name, storage=storage)
