@@ -7,7 +7,7 @@ Where a binary is missing the test is skipped, or fails if ``TRIALSTORE_REQUIRE_
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 import functools
@@ -23,11 +23,24 @@ import time
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+
+from trialstore.testing.proxy import CountingProxy
 
 _READY_S = 180.0
 
 SECRETIVE = "secretive"
 """Name of a database user that gets in by password only; see ``let_in``."""
+
+
+@contextlib.contextmanager
+def proxied(url: str) -> Iterator[tuple[CountingProxy, str]]:
+    """What counts and cuts the messages to a server, and the URL that leads through it."""
+    server = sa.make_url(url)
+    assert server.host is not None and server.port is not None
+    with CountingProxy(server.host, server.port) as proxy:
+        through = server.set(host=proxy.host, port=proxy.port)
+        yield proxy, through.render_as_string(hide_password=False)
 
 
 def find_binary(*names: str) -> str:

@@ -11,12 +11,11 @@ import pytest
 import sqlalchemy as sa
 from tests.faults.test_relational_faults import DRIVERS, KINDS, cut
 
-from servers import new_database
+from servers import new_database, proxied
 from trialstore import records as r
 from trialstore.log import Wanted
 from trialstore.logs.relational import TablesLog
 from trialstore.records import AnyOperation, Outcome, Verdict
-from trialstore.testing.faults import CountingProxy
 from trialstore.testing.follower import Follower
 
 _DEADLINE_S = 60.0
@@ -58,9 +57,8 @@ class _Reaper(Follower):
 
 @pytest.mark.parametrize("kind", DRIVERS)
 def test_what_is_known_to_be_written_on_costs_two_round_trips(kind: str, tmp_path: Path) -> None:
-    address = sa.make_url(new_database(kind, tmp_path))
-    with CountingProxy("127.0.0.1", address.port or 0) as proxy:
-        one = _Reaper(address.set(port=proxy.port).render_as_string(hide_password=False))
+    with proxied(new_database(kind, tmp_path)) as (proxy, url):
+        one = _Reaper(url)
         study_id = one.create_study("s")
         trips: list[int] = []
         for named in (True, False):

@@ -15,7 +15,7 @@ from optuna.trial import TrialState, create_trial
 import pytest
 import sqlalchemy as sa
 
-from servers import new_database, shared_mariadb
+from servers import new_database, proxied, shared_mariadb
 from trialstore import RDBStorage
 from trialstore.logs.relational import tables as t
 from trialstore.testing.contents import study_contents
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.servers
 
 MINIMIZE = StudyDirection.MINIMIZE
 UNIT = FloatDistribution(0.0, 1.0)
+Cable = tuple[CountingProxy, Callable[[], RDBStorage]]
 
 
 @pytest.fixture(params=["psycopg", "psycopg2", "pymysql"])
@@ -39,16 +40,10 @@ def direct(url: str) -> Iterator[RDBStorage]:
 
 
 @pytest.fixture
-def proxy(url: str) -> Iterator[CountingProxy]:
-    server = sa.make_url(url)
-    assert server.host is not None and server.port is not None
-    with CountingProxy(server.host, server.port) as proxy:
-        yield proxy
-
-
-def _through(proxy: CountingProxy, url: str) -> RDBStorage:
-    address = sa.make_url(url).set(host=proxy.host, port=proxy.port)
-    return RDBStorage(address.render_as_string(hide_password=False), linger_s=0.0)
+def cable(url: str) -> Iterator[Cable]:
+    """What cuts, and what opens a storage behind it."""
+    with proxied(url) as (proxy, through):
+        yield proxy, lambda: RDBStorage(through, linger_s=0.0)
 
 
 _CALLS: dict[str, Callable[[RDBStorage, int, int, int], object]] = {
@@ -69,14 +64,14 @@ _CALLS: dict[str, Callable[[RDBStorage, int, int, int], object]] = {
 
 
 @pytest.mark.parametrize("name", _CALLS)
-def test_each_reply_of_a_call_is_cut_once(
-    url: str, direct: RDBStorage, proxy: CountingProxy, name: str
-) -> None:
+def test_each_reply_of_a_call_is_cut_once(direct: RDBStorage, cable: Cable, name: str) -> None:
+    proxy, open_storage = cable
+
     def prepare() -> tuple[RDBStorage, int, int, int]:
         """A storage behind the proxy, and the ids of a study, a RUNNING and a WAITING trial."""
         for study in direct.get_all_studies():
             direct.delete_study(study._study_id)
-        storage = _through(proxy, url)
+        storage = open_storage()
         study_id = storage.create_new_study([MINIMIZE], "s")
         trial_id = storage.create_new_trial(study_id)
         queued = storage.create_new_trial(study_id, create_trial(state=TrialState.WAITING))
@@ -107,8 +102,9 @@ def test_each_reply_of_a_call_is_cut_once(
     assert k > 1 and not was_cut
 
 
-def test_a_connection_that_was_dropped_while_idle(url: str, proxy: CountingProxy) -> None:
-    with contextlib.closing(_through(proxy, url)) as storage:
+def test_a_connection_that_was_dropped_while_idle(cable: Cable) -> None:
+    proxy, open_storage = cable
+    with contextlib.closing(open_storage()) as storage:
         study_id = storage.create_new_study([MINIMIZE])
         for number in range(3):
             proxy.sever()
@@ -124,8 +120,9 @@ def test_a_connection_that_was_dropped_while_idle(url: str, proxy: CountingProxy
         ]
 
 
-def test_a_server_that_stays_away_is_told_with_the_cause(url: str, proxy: CountingProxy) -> None:
-    with contextlib.closing(_through(proxy, url)) as storage:
+def test_a_server_that_stays_away_is_told_with_the_cause(cable: Cable) -> None:
+    proxy, open_storage = cable
+    with contextlib.closing(open_storage()) as storage:
         storage.log.connection.retry_deadline_s = 0.0  # type: ignore[attr-defined]
         study_id = storage.create_new_study([MINIMIZE])
         trial_id = storage.create_new_trial(study_id)

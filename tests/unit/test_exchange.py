@@ -373,14 +373,15 @@ def test_a_refused_value_sends_nothing(storage: Storage, tap: _Tap, study_id: in
     assert len(tap.sent) == n_exchanges
 
 
+def _refuse_bad(records: Sequence[AnyOperation]) -> None:
+    if any("bad" in getattr(record, "user_attr", {}) for record in records):
+        raise ValueError("bad does not fit")
+
+
 def test_a_record_that_the_log_can_t_keep_does_not_keep_others_out(
     storage: Storage, tap: _Tap, study_id: int
 ) -> None:
-    def refuse_bad(records: Sequence[AnyOperation]) -> None:
-        if any("bad" in getattr(record, "user_attr", {}) for record in records):
-            raise ValueError("bad does not fit")
-
-    tap.before = refuse_bad
+    tap.before = _refuse_bad
     first, second = _started_trial(storage, study_id), _started_trial(storage, study_id)
     storage.set_trial_user_attr(first, "bad", 1)
     storage.set_trial_user_attr(first, "good", 1)
@@ -395,11 +396,7 @@ def test_a_record_that_the_log_can_t_keep_does_not_keep_others_out(
 def test_a_trial_is_not_told_without_what_the_log_can_t_keep(
     storage: Storage, tap: _Tap, study_id: int
 ) -> None:
-    def refuse_bad(records: Sequence[AnyOperation]) -> None:
-        if any("bad" in getattr(record, "user_attr", {}) for record in records):
-            raise ValueError("bad does not fit")
-
-    tap.before = refuse_bad
+    tap.before = _refuse_bad
     trial_id = _started_trial(storage, study_id)
     storage.set_trial_user_attr(trial_id, "good", 1)
     storage.set_trial_user_attr(trial_id, "bad", 1)

@@ -9,17 +9,15 @@ from typing import Any
 
 import optuna
 import pytest
-import sqlalchemy as sa
 
 from grpc_servers import prepare_grpc
 from redis_servers import new_prefix
-from servers import new_database, shared_redis
+from servers import new_database, proxied, shared_redis
 import trialstore
 from trialstore.journal import JournalRedisBackend
 from trialstore.logs.grpc.client import GrpcLog
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
-from trialstore.testing.proxy import CountingProxy
 from trialstore.testing.suites.base import wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -54,11 +52,8 @@ def opened(
             yield storage, n_calls
         else:
             url = shared_redis().url if kind == "redis" else new_database(kind, tmp_path)
-            server = sa.make_url(url)
-            assert server.host and server.port
-            proxy = stack.enter_context(CountingProxy(server.host, server.port))
-            through = server.set(host=proxy.host, port=proxy.port)
-            storage = _open(kind, through.render_as_string(hide_password=False), options)
+            proxy, through = stack.enter_context(proxied(url))
+            storage = _open(kind, through, options)
             yield storage, lambda: proxy.n_round_trips
         storage.close()
 

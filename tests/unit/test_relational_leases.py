@@ -11,10 +11,9 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
-from servers import new_database
+from servers import new_database, proxied
 from trialstore import records as r
 from trialstore.logs.relational import TablesLog
-from trialstore.testing.faults import CountingProxy
 from trialstore.testing.follower import Follower
 
 DRIVERS = [
@@ -104,9 +103,7 @@ def test_optuna_and_we_see_each_others_dead(
 
 @pytest.mark.parametrize("kind", DRIVERS)
 def test_leases_cost_no_message_more(kind: str, tmp_path: Path) -> None:
-    address = sa.make_url(new_database(kind, tmp_path))
-    with CountingProxy("127.0.0.1", address.port or 0) as proxy:
-        url = address.set(port=proxy.port).render_as_string(hide_password=False)
+    with proxied(new_database(kind, tmp_path)) as (proxy, url):
         log = TablesLog(url)
         ours = Follower(log, "ours")
         study_id = ours.create_study("s")

@@ -10,15 +10,16 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import create_trial
 import pytest
-import sqlalchemy as sa
 
-from servers import new_database
+from servers import new_database, proxied
 from trialstore import RDBStorage
 from trialstore.testing.proxy import CountingProxy
 
 pytestmark = pytest.mark.servers
 
 _N_TRIALS = 20
+
+ProxyAndStorage = tuple[CountingProxy, Callable[[], RDBStorage]]
 
 
 @pytest.fixture(params=["psycopg", "psycopg2", "pymysql"])
@@ -27,17 +28,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def proxy(url: str) -> Iterator[CountingProxy]:
-    server = sa.make_url(url)
-    assert server.host is not None and server.port is not None
-    with CountingProxy(server.host, server.port) as proxy:
-        yield proxy
-
-
-def _open(url: str, proxy: CountingProxy) -> RDBStorage:
-    through = sa.make_url(url).set(host=proxy.host, port=proxy.port)
-    # On a busy machine the linger ends in the middle of a trial and costs an exchange.
-    return RDBStorage(through.render_as_string(hide_password=False), linger_s=600.0)
+def proxy_and_storage(url: str) -> Iterator[ProxyAndStorage]:
+    """What counts, and what opens a storage behind it."""
+    with proxied(url) as (proxy, through):
+        # On a busy machine the linger ends in the middle of a trial and costs an exchange.
+        yield proxy, lambda: RDBStorage(through, linger_s=600.0)
 
 
 def _objective(trial: optuna.Trial) -> float:
@@ -53,9 +48,10 @@ def _objective(trial: optuna.Trial) -> float:
     ],
 )
 def test_round_trips_of_a_trial(
-    url: str, proxy: CountingProxy, sampler: Callable[[], BaseSampler], trips_max: int
+    proxy_and_storage: ProxyAndStorage, sampler: Callable[[], BaseSampler], trips_max: int
 ) -> None:
-    storage = _open(url, proxy)
+    proxy, open_storage = proxy_and_storage
+    storage = open_storage()
     study = optuna.create_study(storage=storage, sampler=sampler())
     study.optimize(_objective, n_trials=12)  # TPE samples at random before
     proxy.reset()
@@ -64,7 +60,8 @@ def test_round_trips_of_a_trial(
     storage.close()
 
 
-def test_round_trips_to_open_a_study(url: str, proxy: CountingProxy) -> None:
+def test_round_trips_to_open_a_study(url: str, proxy_and_storage: ProxyAndStorage) -> None:
+    proxy, open_storage = proxy_and_storage
     filler = RDBStorage(url)
     study_id = filler.create_new_study([StudyDirection.MINIMIZE], "s")
     params = {f"x{i}": 0.5 for i in range(5)}
@@ -73,7 +70,7 @@ def test_round_trips_to_open_a_study(url: str, proxy: CountingProxy) -> None:
     for _ in range(1_000):
         filler.create_new_trial(study_id, template)
     filler.close()
-    storage = _open(url, proxy)
+    storage = open_storage()
     assert len(optuna.load_study(study_name="s", storage=storage).trials) == 1_000
     assert proxy.n_round_trips <= 6
     storage.close()
