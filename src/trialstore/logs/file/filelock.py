@@ -308,8 +308,7 @@ class _FileLock(BaseJournalFileLock):
         if self._owner is None and self._owner_path:
             self._owner = _identity(self._owner_path)
         if self._owner is not None and _identity(self._lock_path) == self._owner:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._lock_path)
+            self._remove_own_lock_file()
         self._held = False
         self._owner = None
         self._close_queue()
