@@ -150,6 +150,14 @@ class Dialect:
     def aggregate(self, column: Any) -> Any:
         return sa.func.string_agg(column, sa.literal_column("','"))
 
+    def chosen(self, ids: Any) -> Any:
+        """What a query selects, for the head of a statement of many parts."""
+        return ids.cte("chosen")
+
+    def of_chosen(self, query: Any, table: sa.Table, chosen: Any) -> Any:
+        """``query``, of those rows of a table whose trials were chosen."""
+        return query.select_from(chosen.join(table, table.c.trial_id == chosen.c.trial_id))
+
     def beat_time(self) -> Any:
         """The time as Optuna's workers write it as a heartbeat, in the session's time zone."""
         return sa.func.current_timestamp()
@@ -423,6 +431,16 @@ class PostgreSQL(Dialect):
     def as_float(self, column: Any) -> Any:
         return sa.cast(column, sa.Float(53))
 
+    # An array is taken for ten ids, whatever it comes from: each is looked up in the table's
+    # index, and the plan, which no value can better, is kept. A join is planned anew each time,
+    # and reads the whole of a table that has some thousand rows.
+    def chosen(self, ids: Any) -> Any:
+        return sa.select(sa.func.array(ids.scalar_subquery()).label("ids")).cte("chosen")
+
+    def of_chosen(self, query: Any, table: sa.Table, chosen: Any) -> Any:
+        ids = sa.cast(sa.select(chosen.c.ids).scalar_subquery(), sa.ARRAY(sa.Integer))
+        return query.where(table.c.trial_id == sa.any_(ids))
+
     def beat_time(self) -> Any:
         # Not the time at which the transaction began: it may have waited for a lock since.
         return sa.cast(sa.func.clock_timestamp(), sa.DateTime)
@@ -445,6 +463,16 @@ class PostgreSQL(Dialect):
         made = postgresql_sql.insert(table).from_select(names, source)
         return made.on_conflict_do_update(
             index_elements=names[:keys], set_=self._replaced(made, table, names[keys:], fence)
+        )
+
+    def prepare(self, raw: Any) -> None:
+        raw.autocommit = True
+        # A plan made while a table was small would go on to read the whole of it. Only where the
+        # session is ours: a pooler, who calls himself otherwise, lends it to others as well.
+        raw.cursor().execute(
+            "SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false) "
+            "WHERE pg_backend_pid() = %s",
+            (raw.info.backend_pid,),
         )
 
     def fault(self, error: BaseException) -> Fault:
@@ -470,16 +498,10 @@ class Psycopg(PostgreSQL):
 
         return PipelineSession(raw, self._server)
 
-    def prepare(self, raw: Any) -> None:
-        raw.autocommit = True
-
 
 class Psycopg2(PostgreSQL):
     session_type = MessageSession
     answers_each = False
-
-    def prepare(self, raw: Any) -> None:
-        raw.autocommit = True
 
 
 # --- MySQL and MariaDB ---------------------------------------------------------------------------

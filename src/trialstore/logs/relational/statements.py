@@ -104,6 +104,12 @@ def lock_trials(d: Dialect, n: int) -> Any:
     return query.order_by(c.trial_id).with_for_update()
 
 
+def _above(column: Any, low: Any) -> Any:
+    """Ids above one, in words that a plan made without the values can be good for: what has one
+    end only is taken for a third of the table, what has two for a two-hundredth."""
+    return sa.and_(column > low, column <= _ID_MAX)
+
+
 def _greatest_number(study_id: Any, known: Any) -> Any:
     """Number of the newest trial, -1 without one.
 
@@ -204,7 +210,7 @@ def read_mark_and_created(d: Dialect) -> Any:
     c, m = t.trials.c, t.sessions.c
     made = sa.and_(
         c.study_id == _p("study_id"),
-        c.trial_id >= _p("known"),
+        c.trial_id.between(_p("known"), _ID_MAX),
         c.number > m.number,
         c.number <= m.number + _p("count"),
     )
@@ -588,15 +594,16 @@ class Selection(NamedTuple):
     """The trials that the session's last exchange created in a study."""
 
 
-def _above(i: int, bounded: bool) -> Any:
+def _newer(i: int, bounded: bool) -> Any:
+    """The ``i``-th of the trials above an id, all of them or the oldest."""
     c, study_id, low = t.trials.c, _p(f"above_study_{i}"), _p(f"above_{i}")
-    condition = sa.and_(c.study_id == study_id, c.trial_id > low)
     if not bounded:
-        return condition
+        return sa.and_(c.study_id == study_id, _above(c.trial_id, low))
     b = t.trials.alias().c
-    last = _select(b.trial_id).where(b.study_id == study_id, b.trial_id > low)
+    last = _select(b.trial_id).where(b.study_id == study_id, _above(b.trial_id, low))
     last = last.order_by(b.trial_id).limit(_ONE).offset(_p("others")).scalar_subquery()
-    return sa.and_(condition, c.trial_id <= sa.func.coalesce(last, _ID_MAX))
+    end = sa.func.coalesce(last, _ID_MAX)
+    return sa.and_(c.study_id == study_id, c.trial_id > low, c.trial_id <= end)
 
 
 def _selected(d: Dialect, n: Selection) -> Any:
@@ -605,7 +612,7 @@ def _selected(d: Dialect, n: Selection) -> Any:
     if n.ids:
         branches.append(_select(c.trial_id).where(c.trial_id.in_(_params("id", n.ids))))
     for i in range(n.above):
-        branches.append(_select(c.trial_id).where(_above(i, n.bounded)))
+        branches.append(_select(c.trial_id).where(_newer(i, n.bounded)))
     for i in range(n.within):
         branches.append(_select(c.trial_id).where(_in_range("within", i)))
     for i in range(n.left):
@@ -614,7 +621,7 @@ def _selected(d: Dialect, n: Selection) -> Any:
         branches.append(
             _select(c.trial_id).where(
                 c.study_id == _p(f"queued_study_{i}"),
-                c.trial_id > _p(f"queued_{i}"),
+                _above(c.trial_id, _p(f"queued_{i}")),
                 c.state == _WAITING,
             )
         )
@@ -645,7 +652,7 @@ def _selected(d: Dialect, n: Selection) -> Any:
             _select(c.trial_id).where(
                 s.session_id == _p("session"),
                 c.study_id == _p(f"created_study_{i}"),
-                c.trial_id >= _p(f"created_known_{i}"),
+                c.trial_id.between(_p(f"created_known_{i}"), _ID_MAX),
                 c.number > s.number,
                 c.number <= s.number + _p(f"created_count_{i}"),
             )
@@ -662,22 +669,13 @@ def trials_selected(d: Dialect, n: Selection) -> Any:
     """
     branches = _selected(d, n)
     by_id = len(branches) == 1 and 0 < n.ids <= _IDS_REPEATED_MAX
-    chosen: Any
-    if by_id or (len(branches) == 1 and n.above == 1):
-        chosen = None
-    else:
-        chosen = (_union(*branches) if len(branches) > 1 else branches[0]).cte("chosen")
+    chosen = d.chosen(_union(*branches) if len(branches) > 1 else branches[0])
 
     def of(table: Any, *columns: Any) -> Any:
         query = _select(*columns)
         if by_id:
             return query.where(table.c.trial_id.in_(_params("id", n.ids)))
-        if chosen is not None:
-            return query.select_from(chosen.join(table, table.c.trial_id == chosen.c.trial_id))
-        if table is not t.trials:
-            same = t.trials.c.trial_id == table.c.trial_id
-            query = query.select_from(table.join(t.trials, same))
-        return query.where(_above(0, n.bounded))
+        return d.of_chosen(query, table, chosen)
 
     def kind(number: int) -> Any:
         return sa.literal_column(str(number)).label("kind")
@@ -772,7 +770,7 @@ def watch(d: Dialect, held: int) -> Any:
     branches: list[Any] = [
         _select(c.trial_id, state).where(
             c.study_id == _p("study_id"),
-            c.trial_id > _p("seen"),
+            _above(c.trial_id, _p("seen")),
             c.state.in_([_RUNNING, _WAITING]),
         )
     ]
