@@ -109,7 +109,7 @@ def _cpu_ms(cost: Cost) -> float:
 
 
 def compare_pruning(report: Report, driver: str, n_known: int) -> None:
-    """``report`` and ``should_prune``, the median step of one trial, with so many trials of as many
+    """``report`` and ``should_prune``, the median step of a trial, with so many trials of as many
     steps known."""
     wall_ms: dict[str, float] = {}
     notes: dict[str, Any] = {}
