@@ -42,6 +42,9 @@ class Fault(enum.Enum):
     OTHER = "anything else"
 
 
+IdOf = Callable[[Any], Any]
+"""The id of a trial, of the columns of its table, for a condition on it."""
+
 _COMPILED: Final[dict[type[Any], dict[Any, Compiled]]] = {}
 """By SQLAlchemy's dialect. For the whole process: compiling what it takes to open a study costs as
 much as reading two hundred trials."""
@@ -158,6 +161,14 @@ class Dialect:
         """``query``, of those rows of a table whose trials were chosen."""
         return query.select_from(chosen.join(table, table.c.trial_id == chosen.c.trial_id))
 
+    def whichever(self, query: Callable[[IdOf], Any], low: Any) -> list[Any]:
+        """A query for trials of a study above an id, as queries of which one finds them."""
+        return [query(_trial_id)]
+
+    def one_of(self, query: Callable[[IdOf], Any], low: Any) -> Any:
+        """The same for a query that answers one value."""
+        return query(_trial_id).scalar_subquery()
+
     def beat_time(self) -> Any:
         """The time as Optuna's workers write it as a heartbeat, in the session's time zone."""
         return sa.func.current_timestamp()
@@ -213,6 +224,10 @@ class Dialect:
 
     def fault(self, error: BaseException) -> Fault:
         raise NotImplementedError
+
+
+def _trial_id(columns: Any) -> Any:
+    return columns.trial_id
 
 
 def column_time(text: str) -> str:
@@ -432,14 +447,25 @@ class PostgreSQL(Dialect):
         return sa.cast(column, sa.Float(53))
 
     # An array is taken for ten ids, whatever it comes from: each is looked up in the table's
-    # index, and the plan, which no value can better, is kept. A join is planned anew each time,
-    # and reads the whole of a table that has some thousand rows.
+    # index, and the plan is kept. A join is planned anew each time, and reads the whole of a table
+    # that has some thousand rows.
     def chosen(self, ids: Any) -> Any:
         return sa.select(sa.func.array(ids.scalar_subquery()).label("ids")).cte("chosen")
 
     def of_chosen(self, query: Any, table: sa.Table, chosen: Any) -> Any:
         ids = sa.cast(sa.select(chosen.c.ids).scalar_subquery(), sa.ARRAY(sa.Integer))
         return query.where(table.c.trial_id == sa.any_(ids))
+
+    # No index has the study and the trial, so it is one or the other: all trials above the id, or
+    # all of the study, whichever are fewer. Those of the study are about as many as the number of
+    # the one with that id. A sum is in no index.
+    def whichever(self, query: Callable[[IdOf], Any], low: Any) -> list[Any]:
+        by_id, by_study = query(_trial_id), query(_trial_id_by_study)
+        return [by_id.where(_is_near(low)), by_study.where(~_is_near(low))]
+
+    def one_of(self, query: Callable[[IdOf], Any], low: Any) -> Any:
+        by_id, by_study = query(_trial_id), query(_trial_id_by_study)
+        return sa.case((_is_near(low), by_id.scalar_subquery()), else_=by_study.scalar_subquery())
 
     def beat_time(self) -> Any:
         # Not the time at which the transaction began: it may have waited for a lock since.
@@ -465,16 +491,6 @@ class PostgreSQL(Dialect):
             index_elements=names[:keys], set_=self._replaced(made, table, names[keys:], fence)
         )
 
-    def prepare(self, raw: Any) -> None:
-        raw.autocommit = True
-        # A plan made while a table was small would go on to read the whole of it. Only where the
-        # session is ours: a pooler, who calls himself otherwise, lends it to others as well.
-        raw.cursor().execute(
-            "SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false) "
-            "WHERE pg_backend_pid() = %s",
-            (raw.info.backend_pid,),
-        )
-
     def fault(self, error: BaseException) -> Fault:
         code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         if code is None:
@@ -492,16 +508,49 @@ class PostgreSQL(Dialect):
         return Fault.VALUE if code.startswith("22") else Fault.OTHER
 
 
+def _trial_id_by_study(columns: Any) -> Any:
+    return columns.trial_id + sa.literal_column("0")
+
+
+def _is_near(low: Any) -> Any:
+    """Whether fewer trials are above an id than its study has below, as their numbers say."""
+    c, newest = t.trials.c, t.trials.alias().c
+    greatest = sa.select(sa.func.max(newest.trial_id)).scalar_subquery()
+    number = sa.select(c.number).where(c.trial_id == low).correlate(None).scalar_subquery()
+    least: Any = sa.literal_column("1000")
+    return greatest - low < sa.func.coalesce(number, sa.literal_column("0")) + least
+
+
 class Psycopg(PostgreSQL):
     def session(self, raw: Any) -> Session:
         from trialstore.logs.relational.pipeline import PipelineSession
 
         return PipelineSession(raw, self._server)
 
+    def prepare(self, raw: Any) -> None:
+        raw.autocommit = True
+        raw.execute(_settings(raw), prepare=False)
+
 
 class Psycopg2(PostgreSQL):
     session_type = MessageSession
     answers_each = False
+
+    def prepare(self, raw: Any) -> None:
+        raw.autocommit = True
+        raw.cursor().execute(_settings(raw))
+
+
+def _settings(raw: Any) -> str:
+    """Have no table read as a whole: a plan made while it was small would go on to.
+
+    Only where the session is ours. A pooler lends it to others as well, and calls itself by
+    another number; that of PgBouncer is a random one.
+    """
+    return (
+        "SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false) "
+        f"WHERE pg_backend_pid() = {raw.info.backend_pid}"
+    )
 
 
 # --- MySQL and MariaDB ---------------------------------------------------------------------------

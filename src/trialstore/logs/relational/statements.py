@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
 from trialstore.logs.relational import tables as t
-from trialstore.logs.relational.dialects import Dialect
+from trialstore.logs.relational.dialects import Dialect, IdOf
 
 Item = TypeVar("Item")
 
@@ -594,16 +595,25 @@ class Selection(NamedTuple):
     """The trials that the session's last exchange created in a study."""
 
 
-def _newer(i: int, bounded: bool) -> Any:
-    """The ``i``-th of the trials above an id, all of them or the oldest."""
+def _newer(i: int, bounded: bool, id_of: IdOf) -> Any:
+    """Ids of the ``i``-th of the trials above an id, all of them or the oldest."""
     c, study_id, low = t.trials.c, _p(f"above_study_{i}"), _p(f"above_{i}")
+    query = _select(c.trial_id).where(c.study_id == study_id)
     if not bounded:
-        return sa.and_(c.study_id == study_id, _above(c.trial_id, low))
+        return query.where(_above(id_of(c), low))
     b = t.trials.alias().c
-    last = _select(b.trial_id).where(b.study_id == study_id, _above(b.trial_id, low))
-    last = last.order_by(b.trial_id).limit(_ONE).offset(_p("others")).scalar_subquery()
-    end = sa.func.coalesce(last, _ID_MAX)
-    return sa.and_(c.study_id == study_id, c.trial_id > low, c.trial_id <= end)
+    last = _select(b.trial_id).where(b.study_id == study_id, _above(id_of(b), low))
+    last = last.order_by(id_of(b)).limit(_ONE).offset(_p("others")).scalar_subquery()
+    return query.where(id_of(c) > low, id_of(c) <= sa.func.coalesce(last, _ID_MAX))
+
+
+def _queued(i: int, id_of: IdOf) -> Any:
+    c = t.trials.c
+    return _select(c.trial_id).where(
+        c.study_id == _p(f"queued_study_{i}"),
+        _above(id_of(c), _p(f"queued_{i}")),
+        c.state == _WAITING,
+    )
 
 
 def _selected(d: Dialect, n: Selection) -> Any:
@@ -612,19 +622,13 @@ def _selected(d: Dialect, n: Selection) -> Any:
     if n.ids:
         branches.append(_select(c.trial_id).where(c.trial_id.in_(_params("id", n.ids))))
     for i in range(n.above):
-        branches.append(_select(c.trial_id).where(_newer(i, n.bounded)))
+        branches += d.whichever(partial(_newer, i, n.bounded), _p(f"above_{i}"))
     for i in range(n.within):
         branches.append(_select(c.trial_id).where(_in_range("within", i)))
     for i in range(n.left):
         branches.append(_select(c.trial_id).where(_in_range("left", i), c.state != _WAITING))
     for i in range(n.queued):
-        branches.append(
-            _select(c.trial_id).where(
-                c.study_id == _p(f"queued_study_{i}"),
-                _above(c.trial_id, _p(f"queued_{i}")),
-                c.state == _WAITING,
-            )
-        )
+        branches += d.whichever(partial(_queued, i), _p(f"queued_{i}"))
     if n.turned:
         branches.append(
             _select(c.trial_id).where(
@@ -767,22 +771,26 @@ def watch(d: Dialect, held: int) -> Any:
     """
     c = t.trials.c
     state = d.as_text(c.state)
-    branches: list[Any] = [
-        _select(c.trial_id, state).where(
+
+    def unfinished(id_of: IdOf) -> Any:
+        return _select(c.trial_id, state).where(
             c.study_id == _p("study_id"),
-            _above(c.trial_id, _p("seen")),
+            _above(id_of(c), _p("seen")),
             c.state.in_([_RUNNING, _WAITING]),
         )
-    ]
+
+    branches = d.whichever(unfinished, _p("seen"))
     if held:
         branches.append(
             _select(c.trial_id, state).where(
                 c.trial_id.in_(_params("held", held)), c.study_id == _p("study_id")
             )
         )
-    branches.append(
-        _select(sa.func.max(c.trial_id), sa.null()).where(c.study_id == _p("study_id"))
-    )
+
+    def greatest(id_of: IdOf) -> Any:
+        return _select(sa.func.max(id_of(c))).where(c.study_id == _p("study_id"))
+
+    branches.append(_select(d.one_of(greatest, _p("seen")), sa.null()))
     return _union_all(*branches)
 
 
