@@ -761,3 +761,21 @@ def test_what_was_loaded_is_known_to_the_planner(tmp_path: Path) -> None:
     with sa.create_engine(one.log.url).connect() as connection:
         query = sa.text("SELECT reltuples FROM pg_class WHERE relname = 'trials'")
         assert connection.scalar(query) == 1_100
+
+
+def test_a_study_is_followed_past_another_that_has_grown(shared_url: str) -> None:
+    """By whichever way there is less to look at; the third time both ways have been taken."""
+    writer, follower, watcher = Model(shared_url), Model(shared_url), Model(shared_url)
+    study_id, other_id = writer.study("s"), writer.study("t")
+    trial = r.CreateTrial(worker_id="w", study_id=other_id, datetime_start=None, state=r.COMPLETE)
+    greatest, made, queued = 0, [], set()
+    for n_loaded in (1_100, 0, 1_100):
+        if n_loaded:
+            number = 0 if greatest == 0 else 1_100
+            greatest = writer.log.load_trials([trial] * n_loaded, number, greatest)
+        for _ in range(3):
+            made.append(writer.trial(study_id))
+            queued.add(writer.queue(study_id))
+            assert {x.trial_id for x in follower.read(study_id)} == {*made, *queued}
+            watcher.do(waiting_of={study_id})
+            assert {x.trial_id for x in watcher.trials.values()} == queued
