@@ -53,9 +53,7 @@ class TestFileLog(LogSuite):
         return lambda duration_s: age_beats(tmp_path / "journal.log.beats", duration_s)
 
 
-class TestFileLogWithOpenLock(LogSuite):
-    shows_whole_batches = False
-
+class TestFileLogWithOpenLock(TestFileLog):
     @pytest.fixture
     def open_log(self, tmp_path: Path) -> OpenLog:
         path = str(tmp_path / "journal.log")
@@ -64,6 +62,8 @@ class TestFileLogWithOpenLock(LogSuite):
 
 class TestBackendLogOfAList(LogSuite):
     crosses_processes = False
+    is_conditional = False
+    keeps_leases = False
 
     @pytest.fixture
     def open_log(self) -> OpenLog:
@@ -72,6 +72,7 @@ class TestBackendLogOfAList(LogSuite):
 
 
 class TestBackendLogOfOptunasFile(LogSuite):
+    is_conditional = False
     shows_whole_batches = False
 
     @pytest.fixture

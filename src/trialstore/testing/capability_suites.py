@@ -1,6 +1,7 @@
 """The contracts of ``ConditionalLog`` and ``LeaseStore``, as parts of ``LogSuite``.
 
-A log that lacks a capability is skipped. ``LeaseSuite`` wants one more fixture, ``age_leases``.
+A log says which of them it lacks (``LogCapabilities``), and is held to that: one that has lost a
+capability fails instead of being skipped. ``LeaseSuite`` wants one more fixture, ``age_leases``.
 """
 
 from __future__ import annotations
@@ -71,15 +72,34 @@ def create_while_fewer_in_child(log: Log, worker_id: str, study_id: int, n_max: 
     create_while_fewer(Follower(log, worker_id), study_id, n_max)
 
 
-class ConditionalSuite:
+class LogCapabilities:
+    """What a log can do; a subclass says what it can't."""
+
+    crosses_processes = True
+    """Two processes can open the log."""
+    is_conditional = True
+    """It is a ``ConditionalLog``."""
+    keeps_leases = True
+    """It is a ``LeaseStore``."""
+
+    def test_capabilities_are_those_that_it_says(self, ours: Follower) -> None:
+        assert isinstance(ours.log, ConditionalLog) == self.is_conditional
+        assert isinstance(ours.log, LeaseStore) == self.keeps_leases
+
+    @pytest.fixture
+    def conditional(self) -> None:
+        """For a test that appends on a condition."""
+        if not self.is_conditional:
+            pytest.skip("The log is no ConditionalLog.")
+
+
+class ConditionalSuite(LogCapabilities):
     """Every promise of ``ConditionalLog``."""
 
     @pytest.fixture(autouse=True)
     def _skip_without_capability(self, request: pytest.FixtureRequest) -> None:
         if request.function.__name__.startswith("test_exchange_if"):
-            log = request.getfixturevalue("ours").log
-            if not isinstance(log, ConditionalLog):
-                pytest.skip("The log is no ConditionalLog.")
+            request.getfixturevalue("conditional")
 
     def test_exchange_if_decides_on_all_that_is_there(
         self, ours: Follower, theirs: Follower
@@ -171,7 +191,7 @@ class ConditionalSuite:
         assert len(followers[0].trials(study_id)) == 20
 
     def test_exchange_if_of_many_processes_stops_at_the_limit(self, ours: Follower) -> None:
-        if not cast(Any, self).crosses_processes:
+        if not self.crosses_processes:
             pytest.skip("The log does not leave its process.")
         study_id = ours.create_study("s")
         context = multiprocessing.get_context("spawn")
@@ -244,13 +264,15 @@ class ConditionalSuite:
         assert len(found) == len(ids) + len(failed)
 
 
-class LeaseSuite:
+class LeaseSuite(LogCapabilities):
     """Every promise of ``LeaseStore``. Time passes by ``age_leases`` only."""
 
     @pytest.fixture
     def age_leases(self) -> AgeLeases:
         """Supply it with a log that keeps leases."""
-        pytest.skip("No age_leases fixture.")
+        if not self.keeps_leases:
+            pytest.skip("The log is no LeaseStore.")
+        raise NotImplementedError("Supply an age_leases fixture, or say keeps_leases = False.")
 
     @pytest.fixture
     def leases(self, ours: Follower, age_leases: AgeLeases) -> LeaseStore:
@@ -292,11 +314,10 @@ class LeaseSuite:
         age_leases(100.0)
         assert stale(theirs, study_id) == waiting
 
+    @pytest.mark.usefixtures("conditional")
     def test_a_lease_covers_what_exchange_if_starts(
         self, ours: Follower, theirs: Follower, leases: LeaseStore, age_leases: AgeLeases
     ) -> None:
-        if not isinstance(ours.log, ConditionalLog):
-            pytest.skip("The log is no ConditionalLog.")
         study_id = ours.create_study("s")
         leases.take_lease("ours")
         age_leases(1e6)
@@ -394,11 +415,10 @@ class LeaseSuite:
         age_leases(1e6)
         assert stale(ours, study_id) == []
 
+    @pytest.mark.usefixtures("conditional")
     def test_a_dozen_reapers_fail_a_lost_trial_once_and_retry_it_once(
         self, ours: Follower, open_log: OpenLog, leases: LeaseStore, age_leases: AgeLeases
     ) -> None:
-        if not isinstance(ours.log, ConditionalLog):
-            pytest.skip("The log is no ConditionalLog.")
         study_id = ours.create_study("s")
         leases.take_lease("ours")
         lost = ours.create_trial(study_id)

@@ -47,8 +47,6 @@ _CHOICES = distribution_to_json(CategoricalDistribution(["a", "b"]))
 class LogSuite(ConditionalSuite, LeaseSuite):
     """Every promise of ``Log`` and of the capabilities that a log has; subclass it."""
 
-    crosses_processes = True
-    """Two processes can open the log."""
     keeps_every_text = True
     """NUL and lone surrogates are stored."""
     keeps_every_key = True
