@@ -61,8 +61,9 @@ def _rebuild_object_text(text: str, distribution: BaseDistribution) -> ObjectTex
     return rebuilt
 
 
+# Without gc: nothing in a record refers to it, and decoding is a tenth faster.
 class Operation(
-    msgspec.Struct, frozen=True, kw_only=True, tag_field="op_code", omit_defaults=True
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="op_code", omit_defaults=True, gc=False
 ):
     """What every operation carries.
 
@@ -162,7 +163,9 @@ class Ignored(Operation, frozen=True, tag=10):
     """Op 10 of Rustuna (discard trials), which Optuna's reader ignores, and so do we."""
 
 
-class Image(msgspec.Struct, frozen=True, kw_only=True, tag_field="op_code", omit_defaults=True):
+class Image(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="op_code", omit_defaults=True, gc=False
+):
     """A whole thing as it stands; applying it replaces what the replica held of it."""
 
     worker_id: ClassVar[str] = ""  # nobody's, so that a storage finds its own among all records
