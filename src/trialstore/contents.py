@@ -10,7 +10,6 @@ contents until then and the ``FrozenTrial`` afterwards, not both.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-import copy
 from datetime import datetime
 import functools
 import logging
@@ -118,7 +117,9 @@ class TrialContents:
 
     def apart(self) -> TrialContents:
         """A copy with containers of its own."""
-        apart = copy.copy(self)
+        apart = TrialContents(self.id, self.number, self.study)
+        apart.index, apart.state, apart.owner = self.index, self.state, self.owner
+        apart.values, apart.start, apart.complete = self.values, self.start, self.complete
         apart.params, apart.distributions = dict(self.params), dict(self.distributions)
         apart.user_attrs, apart.system_attrs = dict(self.user_attrs), dict(self.system_attrs)
         apart.intermediate_values = dict(self.intermediate_values)

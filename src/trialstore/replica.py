@@ -28,6 +28,7 @@ from typing import Any, Final, NamedTuple
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
+    FloatDistribution,
     check_distribution_compatibility,
 )
 from optuna.study import StudyDirection
@@ -125,22 +126,22 @@ class Replica:
         Ids that apply would give out are not told. ``NO_STUDY`` and ``NO_TRIAL`` may only mean
         that nobody has wanted them yet.
         """
-        if isinstance(record, r.CreateStudy):
-            return _DUPLICATED if record.study_name in self._study_ids else ACCEPTED
+        if isinstance(record, _ON_TRIAL):
+            trial = self._unfinished.get(record.trial_id)
+            if trial is None:
+                return self._not_updatable(record.trial_id)
+            if isinstance(record, r.SetTrialParam):
+                return self._judge_param(trial.study, record.param_name, record.distribution)
+            if isinstance(record, r.SetTrialStateValues):
+                return _LOST if record.state == trial.state == r.RUNNING else ACCEPTED
+            return ACCEPTED
         if isinstance(record, r.CreateTrial):
             study = self._studies.get(record.study_id)
             return ACCEPTED if study is not None and study.loaded else _NO_STUDY
+        if isinstance(record, r.CreateStudy):
+            return _DUPLICATED if record.study_name in self._study_ids else ACCEPTED
         if isinstance(record, _ON_STUDY):
             return ACCEPTED if record.study_id in self._studies else _NO_STUDY
-        if not isinstance(record, _ON_TRIAL):
-            return ACCEPTED
-        trial = self._unfinished.get(record.trial_id)
-        if trial is None:
-            return self._not_updatable(record.trial_id)
-        if isinstance(record, r.SetTrialParam):
-            return self._judge_param(trial.study, record.param_name, record.distribution)
-        if isinstance(record, r.SetTrialStateValues) and record.state == trial.state == r.RUNNING:
-            return _LOST
         return ACCEPTED
 
     def _judge_param(self, study: StudyContents, name: str, json: str) -> Outcome:
@@ -244,7 +245,11 @@ class Replica:
             # As in nearly every trial of a study: there is nothing to compare.
             if trial.state == r.WAITING or trial.view is not None:
                 trial.about_to_change()
-            self._set_param(trial, name, record.param_value_internal, json, known)
+            if type(known) is FloatDistribution:  # what is stored is the value
+                name = sys.intern(name)
+                trial.params[name], trial.distributions[name] = record.param_value_internal, known
+            else:
+                self._set_param(trial, name, record.param_value_internal, json, known)
             return ACCEPTED
         try:
             outcome = self._judge_param(study, name, json)
@@ -270,7 +275,7 @@ class Replica:
                 raise ValueError("it has no distribution")
             distribution = known or trial.study.intern(json)
             external = distribution.to_external_repr(internal)
-            if internal < 0 and isinstance(distribution, CategoricalDistribution):
+            if internal < 0 and type(distribution) is CategoricalDistribution:
                 raise ValueError(f"choice {internal} does not exist")
         except Exception as error:
             # Whatever Optuna raises on a distribution or an index that somebody else stored: one
