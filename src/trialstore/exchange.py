@@ -161,11 +161,13 @@ class Exchanger:
         Whatever is put off while it waits is not due before it looks again.
         """
         pause_s = self._linger_s
-        n_idle = 0
+        n_idle, seen_due_s = 0, self._outbox_due_s
         while True:
             with self.mutex:
                 if not self._outbox:
-                    n_idle += 1
+                    # What came and went meanwhile has moved this.
+                    n_idle = n_idle + 1 if self._outbox_due_s == seen_due_s else 0
+                    seen_due_s = self._outbox_due_s
                     if n_idle > _IDLE_ROUNDS:
                         self._linger_thread = None
                         return
@@ -375,20 +377,29 @@ class Exchanger:
         deferred: list[TrialWrite],
     ) -> list[Outcome]:
         """One exchange for the leader's own records, the outbox and the calls that gathered."""
-        parts: list[Sequence[AnyOperation]] = [deferred, records, *(c.records for c in calls)]
+        parts: list[Sequence[AnyOperation]] = [records]
+        if deferred:
+            parts.insert(0, deferred)
         for call in calls:
+            parts.append(call.records)
             wanted |= call.wanted
         try:
             outcomes: list[list[Outcome] | ValueError] = list(self._exchange(parts, wanted))
         except ValueError:
             # The log can't keep one of the records, and nothing was appended. One record must
             # not keep the others out, least of all for ever.
-            parts = [*([record] for record in deferred), *parts[1:]]
+            parts = [*([record] for record in deferred), *parts[bool(deferred) :]]
             outcomes = self._exchange_one_by_one(parts, len(deferred), wanted)
         first = len(outcomes) - len(calls) - 1
-        self._look_at_refused(parts[:first], outcomes[:first])
+        refused = [
+            (part, told)
+            for part, told in zip(parts[:first], outcomes[:first], strict=True)
+            if isinstance(told, ValueError) or any(outcome.verdict for outcome in told)
+        ]
+        if refused:
+            self._look_at_refused(refused)
         with self.mutex:
-            for part, told in zip(parts[:first], outcomes[:first], strict=True):
+            for part, told in refused:
                 self._note_rejected(part, told)
             for call, told in zip(calls, outcomes[first + 1 :], strict=True):
                 if isinstance(told, ValueError):
@@ -438,6 +449,8 @@ class Exchanger:
                 self.n_exchanges += 1
         if self._saver is not None:
             self._saver.save_if_due(self._take_still)
+        if len(parts) == 1:
+            return [outcomes]
         ends = itertools.accumulate(map(len, parts))
         return [outcomes[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
 
@@ -487,7 +500,7 @@ class Exchanger:
                     for record, outcome in zip(news, self.replica.apply_all(news), strict=True)
                     if record.worker_id == me
                 }
-            else:
+            elif news:
                 apply_all(self.replica, news)
             self._cursor = cursor
         except BaseException:
@@ -507,14 +520,12 @@ class Exchanger:
             self._sending = [record for record in self._sending if record.seq not in taken]
 
     def _look_at_refused(
-        self,
-        parts: Sequence[Sequence[AnyOperation]],
-        told: Sequence[list[Outcome] | ValueError],
+        self, refused: Sequence[tuple[Sequence[AnyOperation], list[Outcome] | ValueError]]
     ) -> None:
         """Have the replica show what the trials of refused deferred records say by now."""
         unseen = {
             cast(TrialWrite, record).trial_id
-            for part, outcomes in zip(parts, told, strict=True)
+            for part, outcomes in refused
             if not isinstance(outcomes, ValueError)
             for record, outcome in zip(part, outcomes, strict=True)
             if outcome.verdict is Verdict.FINISHED
