@@ -129,26 +129,30 @@ class Exchanger:
         """Put a record off until the next exchange, at most for the linger; hold the mutex.
 
         Returns:
-            Whether the outbox is full; the caller then has to run an exchange.
+            Whether the caller has to run an exchange: the outbox is full, or nobody else would.
         """
         if not self._outbox:
             self._outbox_due_s = self._clock.now_s() + self._linger_s
-            self._begin_to_linger()
         self._outbox.append(record)
-        return len(self._outbox) >= _OUTBOX_MAX
+        return not self._lingers() or len(self._outbox) >= _OUTBOX_MAX
 
     def put_off(self, trial_id: int) -> list[TrialWrite]:
         """Deferred records on a trial that the log has not taken yet; hold the mutex."""
         deferred = (*self._sending, *self._outbox)
         return [record for record in deferred if record.trial_id == trial_id]
 
-    def _begin_to_linger(self) -> None:
+    def _lingers(self) -> bool:
+        """Whether a thread sees to the outbox, which is started if there is none; hold the
+        mutex."""
         if self._linger_thread is None:
             _flush_at_exit_of_this_process()
-            self._linger_thread = threading.Thread(
-                target=self._linger, name="trialstore-linger", daemon=True
-            )
-            self._linger_thread.start()
+            thread = threading.Thread(target=self._linger, name="trialstore-linger", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there are too many
+                return False
+            self._linger_thread = thread
+        return True
 
     def has_deferred(self) -> bool:
         """Whether a deferred record may be waiting or be on the wire."""
@@ -280,16 +284,18 @@ class Exchanger:
         with self.mutex:
             if self._leader is None:
                 return  # interrupted after it had been given back
-            # Deferred records may be sent again either way: they overwrite, and keep the seq
-            # that marks them as the same ones.
-            self._outbox = [*self._sending, *self._outbox]
+            try:
+                # Deferred records may be sent again either way: they overwrite, and keep the seq
+                # that marks them as the same ones.
+                self._outbox = [*self._sending, *self._outbox]
+                for call in calls:
+                    if not call.done:
+                        call.error = _for_followers(error)
+                        call.done = True
+            finally:
+                self._release_lead()
             if self._outbox:
-                self._begin_to_linger()
-            for call in calls:
-                if not call.done:
-                    call.error = _for_followers(error)
-                    call.done = True
-            self._release_lead()
+                self._lingers()
 
     def run_if(
         self, decide: Callable[[Replica], Sequence[AnyOperation]], wanted: Wanted
@@ -630,16 +636,27 @@ class Exchanger:
 
     def hold_for_fork(self) -> None:
         """Let a running exchange come to its end, and start none until the fork is made."""
-        self.mutex.acquire()
-        while self._leader not in (None, threading.get_ident()):
-            self._exchanged.wait()
+        try:
+            self.mutex.acquire()
+            while self._leader not in (None, threading.get_ident()):
+                self._exchanged.wait()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # not acquired yet
+                self.mutex.release()
+            raise
 
     def go_on_in_parent(self) -> None:
         self.mutex.release()
 
-    def begin_in_child(self) -> None:
-        """What was read stays; the outbox, the sequence and the threads are the parent's."""
+    def begin_in_child(self, *, held: bool) -> None:
+        """What was read stays; the outbox, the sequence and the threads are the parent's.
+
+        Args:
+            held: No exchange was running; of one that was nobody knows how far it had come.
+        """
         self._renew()
+        if not held:
+            self.replica, self._cursor, self._saver = Replica(), START, None
         if self._saver is not None:
             self._saver.begin_in_child()
 
@@ -713,25 +730,31 @@ _exit_registered_in: int | None = None
 
 
 def _hold_all() -> None:
+    """An interrupt ends it, and ``os.fork`` goes on all the same: what is not in ``_held`` then is
+    not held."""
     forking.acquire()
     # Strong references first: a set that somebody opens a storage in can't be gone through.
-    _held[:] = _alive.copy()
-    for exchanger in _held:
+    for exchanger in _alive.copy():
         exchanger.hold_for_fork()
+        _held.append(exchanger)
 
 
 def _release_all() -> None:
-    for exchanger in reversed(_held):
-        exchanger.go_on_in_parent()
-    _held.clear()
-    forking.release()
+    try:
+        for exchanger in reversed(_held):
+            exchanger.go_on_in_parent()
+    finally:
+        _held.clear()
+        forking.release()
 
 
 def _begin_all() -> None:
-    for exchanger in _held:
-        exchanger.begin_in_child()
-    _held.clear()
-    forking.release()
+    try:
+        for exchanger in _alive.copy():
+            exchanger.begin_in_child(held=any(exchanger is held for held in _held))
+    finally:
+        _held.clear()
+        forking.release()
 
 
 if hasattr(os, "register_at_fork"):

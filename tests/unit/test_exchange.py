@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import contextlib
 import functools
 import itertools
 import math
@@ -553,6 +554,23 @@ def test_what_a_failed_lead_gives_back_lingers_again(log: MemoryLog, tap: _Tap) 
     assert Storage(log).get_trial(trial_id).user_attrs == {"k": 1}
 
 
+def test_without_a_thread_to_linger_a_write_goes_through(
+    storage: Storage, log: MemoryLog, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        storage.set_trial_user_attr(trial_id, "k", 1)
+    assert Storage(log).get_trial(trial_id).user_attrs == {"k": 1}
+    storage.set_trial_user_attr(trial_id, "k", 2)
+    assert storage._exchanger._linger_thread is not None
+    assert storage._exchanger.has_deferred()
+
+
 def test_news_are_applied_once_though_an_own_record_is_missing_in_them(
     log: MemoryLog, tap: _Tap
 ) -> None:
@@ -648,3 +666,65 @@ def test_threads_may_fork_at_once(storage: Storage, study_id: int) -> None:
 
     run_threads(fork, fork, fork)
     assert storage.get_n_trials(study_id) == 0
+
+
+def test_an_interrupt_while_a_fork_waits_leaves_nothing_held(
+    storage: Storage, tap: _Tap, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``os.fork`` goes on after it, and runs the hooks that come after."""
+    others = [Storage(MemoryLog(), clock=ManualClock()) for _ in range(2)]
+    exchanger = storage._exchanger
+    on_the_wire, go_on = threading.Event(), threading.Event()
+
+    def wait(records: Sequence[AnyOperation]) -> None:
+        on_the_wire.set()
+        assert go_on.wait(_DEADLINE_S)
+
+    tap.before = wait
+    reader = threading.Thread(target=storage.get_n_trials, args=(study_id,))
+    reader.start()
+    assert on_the_wire.wait(_DEADLINE_S)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    for first in ([exchanger], [others[0]._exchanger, exchanger, others[1]._exchanger]):
+        with monkeypatch.context() as patch:
+            patch.setattr(exchange, "_alive", set(first))
+            patch.setattr(exchanger._exchanged, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                exchange._hold_all()
+            exchange._release_all()
+    go_on.set()
+    reader.join(_DEADLINE_S)
+    tap.before = lambda records: None
+    run_threads(storage.flush, *(other.flush for other in others))
+    assert storage.get_n_trials(study_id) == 0
+
+
+def test_an_interrupt_at_any_moment_of_a_fork_leaves_nothing_held(
+    storage: Storage, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Storage(MemoryLog(), clock=ManualClock())
+    monkeypatch.setattr(exchange, "_alive", {storage._exchanger, other._exchanger})
+    for moment in itertools.count(1):
+        interrupted = is_interrupted_at(moment, exchange._hold_all, exchange.__file__)
+        with contextlib.suppress(RuntimeError):  # not even begun
+            exchange._release_all()
+        run_threads(storage.flush, other.flush)
+        if not interrupted:
+            break
+    assert moment > 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork here.")
+def test_a_child_of_a_fork_that_did_not_wait_reads_anew(storage: Storage, study_id: int) -> None:
+    trial_id = _started_trial(storage, study_id)
+    exchanger = storage._exchanger
+    exchanger.mutex = threading.RLock()
+    other = threading.Thread(target=exchanger.mutex.acquire)
+    other.start()
+    other.join(_DEADLINE_S)  # as in the middle of an exchange, for ever
+    exchange.forking.acquire()
+    exchange._begin_all()  # what runs in the child
+    assert storage.get_trial(trial_id).params == {"x": 0.5}
