@@ -110,6 +110,8 @@ class Exchanger:
         self._outbox: list[TrialWrite] = []
         # What the leader has taken out of the outbox and the log has not taken yet.
         self._sending: list[TrialWrite] = []
+        # Of those, by seq, what was given back without an answer: it may have been taken.
+        self._doubtful: set[int] = set()
         self._outbox_due_s = 0.0
         self._linger_thread: threading.Thread | None = None
         self._rejected: dict[int, list[str]] = {}
@@ -287,6 +289,7 @@ class Exchanger:
             try:
                 # Deferred records may be sent again either way: they overwrite, and keep the seq
                 # that marks them as the same ones.
+                self._doubtful.update(record.seq for record in self._sending)
                 self._outbox = [*self._sending, *self._outbox]
                 for call in calls:
                     if not call.done:
@@ -402,11 +405,13 @@ class Exchanger:
             for part, told in zip(parts[:first], outcomes[:first], strict=True)
             if isinstance(told, ValueError) or any(outcome.verdict for outcome in told)
         ]
-        if refused:
+        if refused and self._doubtful:
             self._look_at_refused(refused)
         with self.mutex:
             for part, told in refused:
                 self._note_rejected(part, told)
+            if self._doubtful:
+                self._doubtful.difference_update(record.seq for record in deferred)
             for call, told in zip(calls, outcomes[first + 1 :], strict=True):
                 if isinstance(told, ValueError):
                     call.error = told
@@ -549,9 +554,11 @@ class Exchanger:
         else:
             verdicts = ["" if outcome is ACCEPTED else outcome.verdict.name for outcome in told]
         for record, verdict in zip(cast("Sequence[TrialWrite]", deferred), verdicts, strict=True):
+            if verdict in ("", Verdict.ACCEPTED.name):
+                continue
             # One that was sent again, after an interrupt that hid the answer, may have been taken
             # the first time and its trial have been finished since.
-            if verdict not in ("", Verdict.ACCEPTED.name) and not self.replica.says(record):
+            if record.seq not in self._doubtful or not self.replica.says(record):
                 text = _rejection(record, verdict)
                 _logger.warning(text)
                 self._rejected.setdefault(record.trial_id, []).append(text)

@@ -195,6 +195,20 @@ def test_a_rejected_deferred_write_raises_once_and_only_on_its_own_trial(
     storage.flush()
 
 
+def test_a_rejected_write_of_what_somebody_else_has_written_raises(
+    storage: Storage, log: MemoryLog, study_id: int
+) -> None:
+    trial_id = _started_trial(storage, study_id)
+    storage.flush()
+    storage.set_trial_user_attr(trial_id, "k", 1)
+    other = Storage(log, linger_s=0)
+    other.set_trial_user_attr(trial_id, "k", 1)
+    other.set_trial_state_values(trial_id, TrialState.FAIL)
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.flush()
+    storage.flush()
+
+
 @pytest.mark.parametrize("end", ["flush", "close"])
 def test_a_rejected_deferred_write_raises_at_the_end(
     storage: Storage, log: MemoryLog, study_id: int, end: str
