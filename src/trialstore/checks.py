@@ -30,6 +30,9 @@ from trialstore.records import ObjectText
 _numeric_texts: dict[tuple[Any, ...], str] = {}
 _NUMERIC_TEXTS_MAX = 1024
 
+# How deep json can read depends on how much of the stack its caller has used.
+_NESTED_MAX = 200
+
 _JSON_TYPES = frozenset({str, int, float, bool, type(None)})
 
 
@@ -56,12 +59,16 @@ def json_value(value: Any, what: str) -> Any:
 
     Raises:
         TypeError: Something in it has no JSON; pass a str, number, bool, None, list or dict.
-        ValueError: It holds itself.
+        ValueError: It holds itself, or is nested too deep.
     """
     if value is None or type(value) is str or type(value) is bool:
         return value
     try:
-        return json.loads(json.dumps(value))
+        written = json.dumps(value)
+        read = json.loads(written)
+        if written.count("[") + written.count("{") > _NESTED_MAX and _is_too_nested(read):
+            raise ValueError(f"it is nested deeper than {_NESTED_MAX} levels")
+        return read
     except TypeError as error:
         raise TypeError(
             f"{what} must be JSON: {error}. Store a str, number, bool, None, list or dict of "
@@ -69,6 +76,18 @@ def json_value(value: Any, what: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be JSON: {error}.") from error
+
+
+def _is_too_nested(value: Any) -> bool:
+    level = [value]
+    for _ in range(_NESTED_MAX):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(value, dict | list) for value in level)
 
 
 def any_value(value: Any, what: str) -> Any:
@@ -261,7 +280,10 @@ def template_fields(
 
 
 def _time(time: datetime | None, format_time: Callable[[datetime], str]) -> str | None:
-    return None if time is None else format_time(time)
+    try:
+        return None if time is None else format_time(time)
+    except OverflowError as error:
+        raise ValueError(f"The template's time {time} can't be stored: {error}.") from error
 
 
 def _attributes(

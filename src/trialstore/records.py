@@ -25,15 +25,18 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta, timezone
 import enum
 import json
+import logging
 import re
 import sys
 import time
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, get_args
 import zlib
 
 import msgspec
 import optuna
 from optuna.distributions import BaseDistribution
+
+_logger = logging.getLogger("trialstore")
 
 RUNNING: Final = 0
 COMPLETE: Final = 1
@@ -262,6 +265,15 @@ TrialWrite = (
     | SetTrialSystemAttr
 )
 
+_NEEDED: Final = {
+    kind: frozenset(
+        {"worker_id", *(f.encode_name for f in msgspec.structs.fields(kind) if f.required)}
+    )
+    for kind in get_args(AnyOperation)
+}
+_KIND_OF_CODE: Final = {kind.__struct_config__.tag: kind for kind in _NEEDED}
+_ON_ONE_FIELD: Final = (SetTrialParam, SetTrialIntermediateValue)
+
 _DURABLE: Final = frozenset(
     {
         CreateStudy,
@@ -351,19 +363,25 @@ _this_second: tuple[int, str] = (-1, "")
 
 
 def parse_time(text: str) -> datetime:
-    """Naive local time for a text of either kind. Raises ValueError if it is no ISO 8601 time."""
-    if text[26:] == "+00:00":
-        offset = _utc_offset(text[:13])
-        if offset is not None:
-            return datetime.fromisoformat(text[:26]) + offset
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo is None else _local(moment)
+    """Naive local time for a text of either kind. Raises ValueError if there is no such time."""
+    try:
+        if text[26:] == "+00:00":
+            offset = _utc_offset(text[:13])
+            if offset is not None:
+                return datetime.fromisoformat(text[:26]) + offset
+        moment = datetime.fromisoformat(text)
+        return moment if moment.tzinfo is None else _local(moment)
+    except OverflowError as error:
+        raise ValueError(f"{text} is no time here: {error}") from error
 
 
 def _local(moment: datetime) -> datetime:
     """Naive local time; of one that happens twice, ``fold`` tells which it is."""
     local = moment.astimezone().replace(tzinfo=None)
-    return local if local.astimezone(timezone.utc) == moment else local.replace(fold=1)
+    try:
+        return local if local.astimezone(timezone.utc) == moment else local.replace(fold=1)
+    except (ValueError, OverflowError):  # at the ends of the calendar
+        return local
 
 
 _HOURS_MAX: Final = 4096
@@ -420,10 +438,52 @@ def to_journal_dict(record: Operation) -> dict[str, Any]:
 def from_journal_dict(fields: dict[str, Any]) -> AnyOperation:
     """The operation in a dictionary of a journal backend. Raises ValueError if it is none."""
     try:
-        record: AnyOperation = msgspec.convert(fields, AnyOperation, strict=False, str_keys=True)
+        return _converted(fields)
     except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from error
+        mended = _mended(fields)
+        if mended is None:
+            raise ValueError(str(error)) from error
+        return mended
+
+
+def _converted(fields: dict[str, Any]) -> AnyOperation:
+    record: AnyOperation = msgspec.convert(fields, AnyOperation, strict=False, str_keys=True)
     return record
+
+
+def _mended(fields: dict[str, Any]) -> AnyOperation | None:
+    """An operation whose fields are all there, and of which some hold what Optuna stores although
+    it is of another type: a bool for a number, a number for a name.
+
+    A value that means nothing is left out, with a warning; where the operation is about it, the
+    operation still counts for its place in the journal.
+    """
+    kind = _KIND_OF_CODE.get(fields.get("op_code", -1))
+    if kind is None or not fields.keys() >= _NEEDED[kind]:
+        return None
+    mended = {name: _mended_field(name, value) for name, value in fields.items()}
+    try:
+        return _converted(mended)
+    except msgspec.ValidationError as error:
+        if kind not in _ON_ONE_FIELD:
+            return None
+        _logger.warning("A record can't be read and is left out (%s): %s.", error, fields)
+        return Ignored(worker_id=str(fields["worker_id"]), seq=-1)
+
+
+def _mended_field(name: str, value: Any) -> Any:
+    if name in ("study_name", "param_name"):
+        return value if isinstance(value, str) else str(value)
+    if name in ("value", "param_value_internal", "intermediate_value"):
+        return float(value) if isinstance(value, bool) else value
+    if name == "values" and isinstance(value, list):
+        return [float(one) if isinstance(one, bool) else one for one in value]
+    if name == "intermediate_values" and isinstance(value, dict):
+        for step, one in value.items():
+            if not isinstance(one, int | float):
+                _logger.warning("The value %r at step %s of a new trial is left out.", one, step)
+        return {step: float(one) for step, one in value.items() if isinstance(one, int | float)}
+    return value
 
 
 def encode_line(record: AnyOperation) -> bytes:
@@ -501,7 +561,7 @@ def decode_line(line: bytes) -> AnyOperation:
     try:
         record: AnyOperation = _line_decoder.decode(line)
         return record
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # NaN, Infinity and lone surrogates, which Optuna writes and msgspec refuses.
         fields = json.loads(line)
         if not isinstance(fields, dict):
@@ -514,5 +574,5 @@ def decode_lines(lines: bytes) -> list[AnyOperation]:
     try:
         records: list[AnyOperation] = _line_decoder.decode_lines(lines)
         return records
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error

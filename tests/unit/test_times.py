@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import contextlib
 from datetime import datetime, timedelta, timezone
 import os
 import time
@@ -56,3 +57,17 @@ def test_a_time_without_an_offset_is_local(zone: str, text: str) -> None:
 def test_a_text_that_is_no_time_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         parse_time(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["0001-01-01T00:00:00.000000+00:00", "9999-12-31T23:00:00.000000+00:00"]
+)
+def test_at_the_ends_of_the_calendar_a_time_is_read_or_a_value_error(zone: str, text: str) -> None:
+    expected = None
+    with contextlib.suppress(ValueError, OverflowError):
+        expected = datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
+    if expected is None:
+        with pytest.raises(ValueError, match="no time here"):
+            parse_time(text)
+    else:
+        assert parse_time(text) == expected
