@@ -1,12 +1,13 @@
 """The tables on database servers beside Optuna's: round trips, time and CPU per trial, pruning,
 many processes.
 
-Starts a private PostgreSQL and MariaDB for each run, as the tests do. Beside a trial stands its
-``floor``. (Files of SQLite are in ``per_trial``, ``crowd`` and ``opening``.)
+Starts a private PostgreSQL and MariaDB for each run, as the tests do. Beside a trial and a crowd
+stands the ``floor``. (More of SQLite is in ``per_trial``, ``crowd`` and ``opening``.)
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 import statistics
 import sys
@@ -19,7 +20,7 @@ import sqlalchemy as sa
 from tests.servers import new_database
 
 from benchmarks import crowd, harness
-from benchmarks.floor import Floor
+from benchmarks.floor import Floor, run_crowd
 from benchmarks.harness import OURS, Cost, Report, Row
 from trialstore.testing.faults import CountingProxy
 
@@ -48,9 +49,10 @@ def main() -> int:
                 compare_trips(report, driver)
                 compare_trials(report, driver, arguments.trials, arguments.rounds)
             compare_pruning(report, driver, arguments.known)
-            if arguments.processes and driver != "sqlite":
-                stores = {name: new_database(driver, report.folder) for name in _NAMES}
-                crowd.compare(report, stores, arguments.processes, arguments.seconds, 1)
+            if arguments.processes:
+                stores = {name: new_database(driver, report.new_folder()) for name in _NAMES}
+                bare = functools.partial(run_crowd, new_database(driver, report.new_folder()))
+                crowd.compare(report, stores, arguments.processes, arguments.seconds, 1, bare)
     return 0
 
 
