@@ -6,10 +6,14 @@ What a crash may leave behind, and why nothing that was acknowledged is lost:
   sync). Bytes after the last newline, the *torn tail*, were therefore acknowledged by nobody.
   Readers leave them alone. The next appender overwrites them with spaces, which JSON allows
   before a record, and goes on in the same line. The file never becomes shorter.
+* What looks like a torn tail may also be a write under way, of one that was evicted or took
+  another lock (another path to the same file). So the appender first appends a space: the kernel
+  lets it wait for that write. Only a tail with nothing behind it but this space is torn for ever.
 * A plain Optuna worker appends behind a torn tail as if it were not there. Such a *glued* line is
   read as the whole record at its end, and its torn prefix overwritten by the next appender.
-* Every write is either one ``O_APPEND`` of whole lines, or spaces over bytes that count for
-  nothing, or bytes over themselves. None of them harms if the lock was lost in the meantime.
+* Every write is either one ``O_APPEND`` of whole lines or of a space, or spaces over bytes that
+  count for nothing, or bytes over themselves. None of them harms if the lock was lost in the
+  meantime.
 * Anything else that does not decode is damage. It is reported with file, offset and record
   number, and nothing is written to a damaged file.
 
@@ -296,19 +300,14 @@ class JournalFile:
         with self.unavailable("can't be appended to"):
             end, caught_up, position = self._lock_and_catch_up(position, decode)
             try:
-                news, position, tail = self.read(position, end, decode)
-                while tail and self._is_growing(end):
-                    end = os.fstat(self.fd).st_size
-                    more, position, tail = self.read(position, end, decode)
-                    news += more
+                news, position, end = self._read_and_settle(position, end, decode)
                 seen = caught_up + news
                 lines = lines_of(seen, position)
                 if lines is None:
                     return seen, [], position
                 data, own, durable = lines
                 self.check_writable()
-                # A crash from here to the write leaves a tail of spaces.
-                self._repair(position.offset, tail)
+                self._repair()
                 if not end and self.durability == "full":
                     # Before the first byte, so that no record can be in a file without a name.
                     system.sync_folder(self.path)
@@ -374,10 +373,39 @@ class JournalFile:
                 raise
         return end, caught_up, position
 
-    def _is_growing(self, end: int) -> bool:
-        """Whether the tail is a write under way, of one that was evicted.
+    def _read_and_settle(
+        self, position: Position, end: int, decode: Decode[_T]
+    ) -> tuple[list[_T], Position, int]:
+        """What is new, where it leads, and the size; then nothing but spaces is behind that.
 
-        A file grows page by page while it is written, and readers see that.
+        A tail may be the write under way of one whom our lock does not keep out. To overwrite that
+        would wait in the kernel for the write's end, and destroy what was acknowledged since. An
+        append waits as well, and shows what came of it: the tail is torn if our space is all that
+        was added to it. Nobody's write can add to it any more, since each begins behind the space.
+        """
+        news, position, tail = self.read(position, end, decode)
+        torn = None
+        while self._writable and tail.strip(b" "):
+            if tail == torn:
+                # A crash from here to the write leaves a tail of spaces.
+                self._overwrite(position.offset, len(tail))
+                break
+            torn = None
+            if not self._is_growing(end):
+                # A crash after it leaves a tail with one more space, which counts for nothing
+                # either. Behind a write that came to its end, it stands before the next record.
+                os.write(self.fd, b" ")
+                torn = tail + b" "
+            end = os.fstat(self.fd).st_size
+            more, position, tail = self.read(position, end, decode)
+            news += more
+        return news, position, end
+
+    def _is_growing(self, end: int) -> bool:
+        """Whether the tail is seen to become longer, so that there is no need to append to it.
+
+        A file grows page by page while it is written, and readers see that. Where a later append
+        does not wait for it (another machine's write, Windows), nothing else tells.
         """
         CLOCK.sleep(_TAIL_SETTLES_S)
         return os.fstat(self.fd).st_size != end
@@ -397,9 +425,9 @@ class JournalFile:
             return False
         return (status.st_dev, status.st_ino) == self._inode
 
-    def _repair(self, offset: int, tail: bytes) -> None:
-        """Overwrite with spaces what counts for nothing: the tail, and torn prefixes."""
-        if not tail and not self._glued and not self._sync_failed:
+    def _repair(self) -> None:
+        """Overwrite torn prefixes with spaces, and what may not be on the disk with itself."""
+        if not self._glued and not self._sync_failed:
             return
         # Not through O_APPEND: there, Linux appends whatever the offset says.
         fd = os.open(self.path, os.O_RDWR | system.BINARY)
@@ -409,8 +437,6 @@ class JournalFile:
                 if system.pread(fd, length, begin).strip(b" "):
                     system.pwrite(fd, b" " * length, begin)
             self._glued.clear()
-            if tail:
-                system.pwrite(fd, b" " * len(tail), offset)
             if self._sync_failed:
                 # After a failed sync the kernel calls the pages clean although the disk may not
                 # have them. Only writing them again makes a later sync mean something.
@@ -465,11 +491,16 @@ class JournalFile:
     def _blank(self, offset: int, count: int) -> None:
         """Overwrite our own torn bytes; if that fails, the next appender does it."""
         with contextlib.suppress(OSError):
-            fd = os.open(self.path, os.O_WRONLY | system.BINARY)
-            try:
-                system.pwrite(fd, b" " * count, offset)
-            finally:
-                os.close(fd)
+            self._overwrite(offset, count)
+
+    def _overwrite(self, offset: int, count: int) -> None:
+        """Write spaces over bytes that count for nothing."""
+        # Not through O_APPEND, as in ``_repair``.
+        fd = os.open(self.path, os.O_WRONLY | system.BINARY)
+        try:
+            system.pwrite(fd, b" " * count, offset)
+        finally:
+            os.close(fd)
 
     def _space_is_low(self, count: int) -> bool:
         if not hasattr(os, "fstatvfs"):
