@@ -749,6 +749,44 @@ def test_an_evicted_writer_whose_file_is_replaced_writes_again(tmp_path: Path) -
     assert storage.get_study_user_attrs(0) == {"k": 1}
 
 
+@pytest.mark.parametrize("what", ["a torn tail", "a torn prefix", "a batch, space is low"])
+def test_what_an_evicted_writer_repairs_is_not_the_file_that_replaced_its_own(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.log"
+    _fill(_file(tmp_path).open())
+    before = storage_contents(_file(tmp_path).open())
+    torn = b'{"op_code":8,"worker_id":"' + b"x" * 500
+    if what == "a torn prefix":
+        torn += r.encode_line(_study(5, "other"))
+    if what == "a batch, space is low":
+        torn = b""
+        monkeypatch.setattr("trialstore.logs.file.journal_file._SPACE_LOW_BYTES", 1 << 60)
+    with path.open("ab") as file:
+        file.write(torn)
+    log = _unlocked(path)
+    opened = log._file._opened_in_place
+    replaced = b""
+
+    def open_late() -> Any:
+        nonlocal replaced
+        log._file._opened_in_place = opened  # type: ignore[method-assign]
+        journal.compact(_unlocked(path))
+        with path.open("ab") as file:
+            file.write(b" " * 1_000_000)  # so that the offsets are in it
+        replaced = path.read_bytes()
+        return opened()
+
+    log._file._opened_in_place = open_late  # type: ignore[method-assign]
+    with pytest.raises(LogUnavailableError, match="was replaced"):
+        log.exchange([_study(6, "late"), _study(7, "late")], START, NOTHING)
+    assert path.read_bytes() == replaced
+    log.exchange([_study(6, "late")], START, NOTHING)
+    contents = storage_contents(_file(tmp_path).open())
+    assert {name: contents[name] for name in before} == before
+    assert "late-6" in contents
+
+
 @pytest.mark.parametrize("at", ["written", "renamed"])
 def test_what_an_evicted_writer_wrote_to_the_old_file_is_there_once(
     tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch

@@ -429,9 +429,7 @@ class JournalFile:
         """Overwrite torn prefixes with spaces, and what may not be on the disk with itself."""
         if not self._glued and not self._sync_failed:
             return
-        # Not through O_APPEND: there, Linux appends whatever the offset says.
-        fd = os.open(self.path, os.O_RDWR | system.BINARY)
-        try:
+        with self._opened_in_place() as fd:
             for begin, length in sorted(self._glued):
                 # Somebody else may have repaired it since we read it.
                 if system.pread(fd, length, begin).strip(b" "):
@@ -442,8 +440,6 @@ class JournalFile:
                 # have them. Only writing them again makes a later sync mean something.
                 for begin, data in self._unsynced:
                     system.pwrite(fd, data, begin)
-        finally:
-            os.close(fd)
 
     def _write(self, data: bytes, end: int) -> int:
         """Append ``data`` in one write; returns where it begins.
@@ -471,8 +467,7 @@ class JournalFile:
     def _write_reserved(self, data: bytes) -> int:
         """Append a batch all or none: first so that it does not count, then over itself."""
         reserved = data.replace(b"\n", b" ")
-        fd = os.open(self.path, os.O_WRONLY | system.BINARY)
-        try:
+        with self._opened_in_place() as fd:
             written = os.write(self.fd, reserved)
             start = os.lseek(self.fd, 0, os.SEEK_CUR) - written
             if written < len(data):
@@ -484,8 +479,6 @@ class JournalFile:
                 raise OutcomeUnknownError(
                     f"{self.path}: failed in the middle of a batch: {error}"
                 ) from error
-        finally:
-            os.close(fd)
         return start
 
     def _blank(self, offset: int, count: int) -> None:
@@ -495,10 +488,22 @@ class JournalFile:
 
     def _overwrite(self, offset: int, count: int) -> None:
         """Write spaces over bytes that count for nothing."""
-        # Not through O_APPEND, as in ``_repair``.
-        fd = os.open(self.path, os.O_WRONLY | system.BINARY)
-        try:
+        with self._opened_in_place() as fd:
             system.pwrite(fd, b" " * count, offset)
+
+    @contextlib.contextmanager
+    def _opened_in_place(self) -> Iterator[int]:
+        """The file opened once more, without O_APPEND: there, Linux appends whatever the offset.
+
+        Raises:
+            OSError: The path leads to another file by now, whose bytes at our offsets are others.
+        """
+        fd = os.open(self.path, os.O_RDWR | system.BINARY)
+        try:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != self._inode:
+                raise OSError(errno.ENOENT, "was replaced", self.path)
+            yield fd
         finally:
             os.close(fd)
 
