@@ -207,6 +207,18 @@ def test_in_place_keeps_the_damaged_one(filled: Path, tmp_path: Path, cli: Cli) 
     assert _contents(str(path)) == _contents(str(filled / "a.journal"))
 
 
+def test_a_symlink_in_place_stays_one(filled: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "data").mkdir()
+    path, link = tmp_path / "data" / "j", tmp_path / "link"
+    link.symlink_to(path)
+    damage_journal("a newline is another byte", filled / "a.journal", path)
+    damaged = path.read_bytes()
+    assert cli("repair", str(link), "--in-place").code == 0
+    assert link.is_symlink()
+    assert (tmp_path / "data" / "j.damaged").read_bytes() == damaged
+    assert _contents(str(link)) == _contents(str(path)) == _contents(str(filled / "a.journal"))
+
+
 @pytest.mark.servers
 @pytest.mark.parametrize("kind", ["psycopg", "mariadb"])
 def test_tables_on_a_server_in_place(kind: str, tmp_path: Path, cli: Cli) -> None:

@@ -625,6 +625,48 @@ def test_a_cluster_with_a_plain_prefix_refuses() -> None:
     assert len(plain.records()) == 1
 
 
+@pytest.mark.parametrize("compacted_by", ["link", "path"])
+def test_a_journal_behind_symlinks_stays_one(tmp_path: Path, compacted_by: str) -> None:
+    (tmp_path / "data").mkdir()
+    path, link = tmp_path / "data" / "study-2026.log", tmp_path / "study.log"
+    (tmp_path / "data" / "latest.log").symlink_to("study-2026.log")
+    link.symlink_to(Path("data") / "latest.log")
+    storages = [trialstore.JournalStorage(FileLog(str(each))) for each in (path, link)]
+    optuna.create_study(storage=storages[0], study_name="s").optimize(_objective, n_trials=2)
+    assert [storage.get_n_trials(0) for storage in storages] == [2, 2]
+    inode = path.stat().st_ino
+    journal.compact(FileLog(str(link if compacted_by == "link" else path)))
+    assert link.is_symlink() and (tmp_path / "data" / "latest.log").is_symlink()
+    assert not path.is_symlink()
+    assert path.stat().st_ino != inode
+    assert [storage.create_new_trial(0) for storage in storages] == [2, 3]
+    for storage in (
+        *storages,
+        *(trialstore.JournalStorage(FileLog(str(p))) for p in (path, link)),
+    ):
+        assert [trial.number for trial in storage.get_all_trials(0)] == [0, 1, 2, 3]
+    assert not list(tmp_path.rglob("*.compacting"))
+
+
+def test_by_a_symlink_too_there_is_one_compaction_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link.log").symlink_to("journal.log")
+    optuna.create_study(storage=_file(tmp_path).open(), study_name="s")
+    image = compaction._Reading.image
+    refused = []
+
+    def image_with_another(reading: Any) -> Iterator[bytes]:
+        with pytest.raises(LogUnavailableError, match="somebody else"):
+            journal.compact(FileLog(str(tmp_path / "link.log")))
+        refused.append(True)
+        return image(reading)
+
+    monkeypatch.setattr(compaction._Reading, "image", image_with_another)
+    journal.compact(_file(tmp_path).open_log())
+    assert refused
+
+
 # --- killed --------------------------------------------------------------------------------------
 
 

@@ -261,6 +261,15 @@ def test_one_sync_per_durable_exchange_and_none_otherwise(log: FileLog, path: Pa
             assert syncs.total - before == more, records
 
 
+def test_the_folder_that_is_synced_has_the_file_and_not_a_symlink_to_it(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "journal").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "journal")
+    with SyncCounter() as syncs:
+        FileLog(str(tmp_path / "link")).exchange([study()], START, NOTHING)
+    assert set(syncs.by_file) == {str(tmp_path / "data"), str(tmp_path / "data" / "journal")}
+
+
 def test_durability_process_never_syncs(path: Path) -> None:
     with SyncCounter() as syncs:
         FileLog(str(path), durability="process").exchange([study()], START, NOTHING)

@@ -75,7 +75,7 @@ def _journal(log: Entries, in_place: bool, output: Path | None) -> tuple[str, Re
         if in_place or output is None:
             fail("A journal that is no file is repaired into one: name it with --output.")
         return str(output), repair_journal(log, output)
-    path = Path(log.path)
+    path = Path(log.path).resolve()  # to replace a symlink would make two journals of one
     damaged = path.with_name(path.name + ".damaged")
     if in_place and damaged.exists():
         raise FileExistsError(f"{damaged} exists already; move it away.")

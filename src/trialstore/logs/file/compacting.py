@@ -1,5 +1,7 @@
 """A compacted journal takes the place of the file, while others go on appending.
 
+Of the file itself: to replace a symlink to it would leave those who opened it otherwise behind.
+
 Source: docs/formats/journal.md, "Compaction"; rename(2).
 """
 
@@ -37,7 +39,8 @@ def compact(journal: JournalFile, make: Callable[[], Compaction]) -> None:
     Raises:
         LogUnavailableError, LogCorruptError: Nothing was changed.
     """
-    unfinished = journal.path + ".compacting"
+    target = os.path.realpath(journal.path)
+    unfinished = target + ".compacting"
     with journal.unavailable("can't be compacted"):
         fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | system.BINARY, 0o600)
         try:
@@ -46,7 +49,7 @@ def compact(journal: JournalFile, make: Callable[[], Compaction]) -> None:
             try:
                 position = _write_compacted(journal, fd, make())
                 if position.number:
-                    _put_in_place(journal, fd, unfinished, position)
+                    _put_in_place(journal, fd, position, unfinished, target)
             finally:
                 # Else it is the journal by now, and there may be another one's.
                 if system.is_at(fd, unfinished):
@@ -83,8 +86,15 @@ def _write_compacted(journal: JournalFile, fd: int, made: Compaction) -> Positio
     return position
 
 
-def _put_in_place(journal: JournalFile, fd: int, unfinished: str, position: Position) -> None:
-    """Let the new file take the place of the journal, with what came after ``position``."""
+def _put_in_place(
+    journal: JournalFile, fd: int, position: Position, unfinished: str, target: str
+) -> None:
+    """Let the new file take the place of the journal, with what came after ``position``.
+
+    Args:
+        unfinished: Where the new file is.
+        target: Where the journal is, behind all symlinks.
+    """
     with journal.mutex:
         status = os.stat(journal.path)
         if hasattr(os, "fchmod"):
@@ -108,7 +118,7 @@ def _put_in_place(journal: JournalFile, fd: int, unfinished: str, position: Posi
                 raise OSError(errno.ENOENT, "was removed", unfinished)
             if os.name == "nt":
                 journal.release_descriptor()  # what is open can't be replaced there
-            os.replace(unfinished, journal.path)
+            os.replace(unfinished, target)
             # A crash before the sync may bring the old file back, in which nothing is missing
             # as long as nobody could append to the new one.
             system.sync_folder(journal.path)
