@@ -54,8 +54,8 @@ def compact(log: _CompactableLog, *, force: bool = False) -> Compacted:
         force: Also if plain Optuna workers have written to it. They must have been stopped.
 
     Raises:
-        CompactionRefusedError: Plain Optuna workers have written to it; or it is kept where that
-            can't be done atomically.
+        CompactionRefusedError: Plain Optuna workers have written to it; it is kept where that
+            can't be done atomically; or the group of the file would be locked out.
         LogUnavailableError: It can't be written, or is being compacted by somebody else.
         LogCorruptError: It is damaged; nothing was changed.
         TypeError: It is no journal that can be compacted.

@@ -667,6 +667,83 @@ def test_by_a_symlink_too_there_is_one_compaction_at_a_time(
     assert refused
 
 
+# --- who may open it -----------------------------------------------------------------------------
+
+_as_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives files to other users"
+)
+_OWNER, _GROUP = 12345, 23456  # of nobody
+
+
+def _may_not_chown(monkeypatch: pytest.MonkeyPatch, *, is_of_group: bool) -> None:
+    """As for a user who is not root, and may be in the journal's group."""
+    fchown = os.fchown
+
+    def refuse(fd: int, owner: int, group: int) -> None:
+        if owner != -1 or not is_of_group:
+            raise PermissionError(1, "Operation not permitted")
+        fchown(fd, owner, group)
+
+    monkeypatch.setattr(os, "fchown", refuse)
+
+
+def _owned_journal(folder: Path, mode: int) -> Path:
+    optuna.create_study(storage=_file(folder).open(), study_name="s")
+    path = folder / "journal.log"
+    os.chown(path, _OWNER, _GROUP)
+    path.chmod(mode)
+    return path
+
+
+def _access(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_uid, status.st_gid, status.st_mode & 0o7777
+
+
+@_as_root
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o666])
+def test_owner_group_and_mode_stay(tmp_path: Path, mode: int) -> None:
+    path = _owned_journal(tmp_path, mode)
+    journal.compact(FileLog(str(path)))
+    assert _access(path) == (_OWNER, _GROUP, mode)
+
+
+@_as_root
+@pytest.mark.parametrize("mode", [0o660, 0o664, 0o666])
+def test_compacted_by_a_member_of_its_group_it_stays_the_groups(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _owned_journal(tmp_path, mode)
+    _may_not_chown(monkeypatch, is_of_group=True)
+    journal.compact(FileLog(str(path)))
+    assert _access(path) == (os.geteuid(), _GROUP, mode)
+
+
+@_as_root
+@pytest.mark.parametrize("mode", [0o640, 0o664])
+def test_where_its_group_would_be_locked_out_it_is_refused(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _owned_journal(tmp_path, mode)
+    before = path.read_bytes(), path.stat().st_ino, _access(path)
+    _may_not_chown(monkeypatch, is_of_group=False)
+    with pytest.raises(CompactionRefusedError, match="member of the group"):
+        journal.compact(FileLog(str(path)))
+    assert (path.read_bytes(), path.stat().st_ino, _access(path)) == before
+    assert not (tmp_path / "journal.log.compacting").exists()
+
+
+@_as_root
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
+def test_a_group_that_may_what_others_may_is_not_needed(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _owned_journal(tmp_path, mode)
+    _may_not_chown(monkeypatch, is_of_group=False)
+    journal.compact(FileLog(str(path)))
+    assert path.stat().st_mode & 0o7777 == mode
+
+
 # --- killed --------------------------------------------------------------------------------------
 
 

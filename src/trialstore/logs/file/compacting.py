@@ -6,7 +6,7 @@ Source: docs/formats/journal.md, "Compaction"; rename(2).
 """
 
 # Which system calls are made, and in what order, is the subject here; pathlib hides it.
-# ruff: noqa: PTH105, PTH108, PTH116
+# ruff: noqa: PTH105, PTH108
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from collections.abc import Callable
 import contextlib
 import errno
 import os
-import stat
 import sys
 from typing import Final
 
-from trialstore.errors import LogUnavailableError
+from trialstore.errors import CompactionRefusedError, LogUnavailableError
 from trialstore.log import Compaction
 from trialstore.logs.file import system
 from trialstore.logs.file.journal_file import CATCH_UP_BYTES, CHUNK_BYTES, JournalFile
@@ -38,6 +37,7 @@ def compact(journal: JournalFile, make: Callable[[], Compaction]) -> None:
 
     Raises:
         LogUnavailableError, LogCorruptError: Nothing was changed.
+        CompactionRefusedError: Likewise; the journal's group would be locked out.
     """
     target = os.path.realpath(journal.path)
     unfinished = target + ".compacting"
@@ -96,11 +96,11 @@ def _put_in_place(
         target: Where the journal is, behind all symlinks.
     """
     with journal.mutex:
-        status = os.stat(journal.path)
-        if hasattr(os, "fchmod"):
-            os.fchmod(fd, stat.S_IMODE(status.st_mode))
-            with contextlib.suppress(PermissionError):
-                os.fchown(fd, status.st_uid, status.st_gid)
+        if not system.share_like(fd, target):
+            raise CompactionRefusedError(
+                f"{journal.path}: its group has rights that this user can't give to the new file, "
+                "and would be locked out. Let a member of the group compact it."
+            )
         n_copied = sys.maxsize
         while n_copied > CATCH_UP_BYTES:
             # Nobody waits for the bulk of it, and each round leaves less.
