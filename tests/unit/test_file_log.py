@@ -810,6 +810,54 @@ def test_snapshots_come_back(log: FileLog, path: Path) -> None:
     assert not Path(f"{path}.snapshot.new").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the folder decides there")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_snapshot_is_for_those_who_may_open_the_journal(
+    log: FileLog, path: Path, mode: int
+) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    path.chmod(mode)
+    for left in (None, 0o666):  # by one that was killed, in a version that let everybody read it
+        if left is not None:
+            Path(f"{path}.snapshot.new").touch()
+            Path(f"{path}.snapshot.new").chmod(left)
+        seen = []
+
+        def make(seen: list[int] = seen) -> Any:
+            seen.append(Path(f"{path}.snapshot.new").stat().st_mode & 0o7777)
+            return b"contents", cursor
+
+        assert log.save_snapshot(make)
+        assert seen == [mode], "before there is anything in it"
+        assert Path(f"{path}.snapshot").stat().st_mode & 0o7777 == mode
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives files to other groups"
+)
+@pytest.mark.parametrize("is_of_group", [True, False])
+def test_a_snapshot_is_for_the_journals_group_or_for_its_owner_alone(
+    log: FileLog, path: Path, is_of_group: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = 23456
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    os.chown(path, 12345, group)
+    path.chmod(0o660)
+    fchown = os.fchown
+
+    def refuse(fd: int, owner: int, group: int) -> None:
+        """As for a user who is not root."""
+        if owner != -1 or not is_of_group:
+            raise PermissionError(1, "Operation not permitted")
+        fchown(fd, owner, group)
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    assert log.save_snapshot(lambda: (b"contents", cursor))
+    status = Path(f"{path}.snapshot").stat()
+    assert status.st_mode & 0o7777 == (0o660 if is_of_group else 0o600)
+    assert (status.st_gid == group) is is_of_group
+
+
 def test_foreign_stale_and_damaged_snapshots_are_ignored(log: FileLog, path: Path) -> None:
     sidecar = Path(f"{path}.snapshot")
     cursor = log.exchange([study(), trial(1)], START, NOTHING).cursor

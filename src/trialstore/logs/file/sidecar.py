@@ -54,7 +54,8 @@ def path_beside(journal: JournalFile) -> str:
 def save(journal: JournalFile, make: Callable[[], tuple[bytes, Cursor] | None]) -> bool:
     """See ``SnapshotStore``.
 
-    It is not synced: a snapshot that a power loss leaves half-written is ignored.
+    It is for those who may open the journal. It is not synced: a snapshot that a power loss
+    leaves half-written is ignored.
 
     Raises:
         LogUnavailableError: It can't be written; the one before it is still there.
@@ -63,10 +64,13 @@ def save(journal: JournalFile, make: Callable[[], tuple[bytes, Cursor] | None]) 
     unfinished = path + ".new"
     # Not under the mutex: an exchange of another thread must not wait for ``make``.
     with journal.unavailable("can't have a snapshot beside it"):
-        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | system.BINARY, 0o666)
+        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | system.BINARY, 0o600)
         try:
             if not system.is_only_writer(fd, unfinished, may_be_mixed=True):
                 return False
+            # It holds what the journal holds. Whoever of the journal's group can't open it, where
+            # the group can't be given to it, replays the journal.
+            system.share_like(fd, journal.path)
             made = make()
             prefix = None if made is None else _prefix(journal, *made)
             if made is None or prefix is None:
