@@ -843,6 +843,32 @@ def test_a_kill_or_a_lost_answer_at_any_step_on_redis(
     assert log._connection.ask(lambda door: door.command("EXISTS", *left)) == 0
 
 
+@pytest.mark.parametrize("number", [1, 3, -1])
+def test_a_new_record_that_was_evicted_leaves_the_old_journal(
+    trimmable: _Journal, number: int
+) -> None:
+    """Nobody reads them between the writing and the switch, so they are the first to go."""
+    storage = trimmable.open()
+    _fill(storage)
+    before, records = storage_contents(trimmable.open()), trimmable.records()
+    log = trimmable.open_log()
+    switch = log._compactor._switch
+
+    def evict_first(token: bytes, head: bytes, count: int, position: Any) -> None:
+        evicted = log._keys.new(number % count)
+        assert log._connection.ask(lambda door: door.command("DEL", evicted)) == 1
+        switch(token, head, count, position)
+
+    log._compactor._switch = evict_first
+    with pytest.raises(LogUnavailableError, match=r"evicted.*Nothing was changed"):
+        journal.compact(log)
+    assert trimmable.records() == records
+    assert storage_contents(trimmable.open()) == storage_contents(storage) == before
+    journal.compact(trimmable.open_log())
+    assert len(trimmable.records()) < len(records)
+    assert storage_contents(trimmable.open()) == storage_contents(storage) == before
+
+
 # --- without exclusion ---------------------------------------------------------------------------
 
 

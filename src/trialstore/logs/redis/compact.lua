@@ -1,7 +1,8 @@
 -- The steps of a compaction, and of a trim. Each may run again when its answer was lost.
 --
 -- ARGV[1] names the step. A step that holds the journal to be what it was returns as exchange.lua
--- does; 'lost' says that the lock is another's by now, and that nothing was changed.
+-- does; 'lost' says that the lock is another's by now, 'evicted' that the new record of this number
+-- is not there any more. In each of these cases nothing was changed.
 --
 -- KEYS[1]  PREFIX:log_number
 -- KEYS[2]  PREFIX:trialstore:compacting  token of who compacts
@@ -65,8 +66,11 @@ if step == 'switch' then
   if last - next + 1 > tonumber(ARGV[8]) then
     return {'behind', last}
   end
-  if n_new > 1 and redis.call('EXISTS', key_of(new, n_new - 1)) == 0 then
-    return {'lost', 0}
+  -- Nobody has read these since they were put, so a maxmemory policy evicts them before others.
+  for number = 1, n_new - 1 do
+    if redis.call('EXISTS', key_of(new, number)) == 0 then
+      return {'evicted', number}
+    end
   end
   local moved = {}
   for number = next, last do
@@ -76,7 +80,8 @@ if step == 'switch' then
     end
     moved[#moved + 1] = record
   end
-  -- From here on everything happens, or nothing: Redis logs the whole as one transaction.
+  -- From here on everything happens, or nothing: Redis logs the whole as one transaction, and does
+  -- not undo it, so each command below must be one that can't fail.
   redis.call('SET', key_of(log, 0), ARGV[9])
   for number = 1, n_new - 1 do
     redis.call('RENAME', key_of(new, number), key_of(log, number))

@@ -188,6 +188,12 @@ class Compactor:
                 f"{self._connection.name}: this took so long that somebody else may compact it "
                 "by now; nothing was changed."
             )
+        if status == b"evicted":
+            raise LogUnavailableError(
+                f"{self._connection.address} {self._keys.new(number)}: this new record is not "
+                "there any more: evicted by a maxmemory policy, or deleted. Nothing was changed. "
+                "Set maxmemory-policy to noeviction, or give Redis more memory, and compact again."
+            )
         self._reader.raise_damaged(
             b"changed" if status == b"other" else status, number, [], position
         )
