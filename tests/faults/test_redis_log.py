@@ -337,6 +337,34 @@ class _Killed(BaseException):
     """What ends a writer without letting it do anything more."""
 
 
+def test_a_record_lost_before_those_just_written_leaves_an_unknown_outcome(slots: _Where) -> None:
+    log, other = slots.open(), slots.open()
+    cursor = log.exchange([_study(0)], START, NOTHING).cursor
+
+    def last() -> int:
+        return other._connection.ask(other._reader.last_number)
+
+    reserve = log._by_hand._reserve
+
+    def reserve_late(door: Any, count: int) -> int:
+        """Before it a plain Optuna worker appends three records, the first of which it reads
+        before the second, and which is evicted then."""
+        log._by_hand._reserve = reserve  # type: ignore[method-assign]
+        fields = {"op_code": 0, "worker_id": "o", "study_name": "s", "directions": [1]}
+        other.append_logs([fields, fields, fields])
+        other._connection.ask(lambda door: door.command("DEL", other._keys.record(1)))
+        return reserve(door, count)
+
+    log._by_hand._reserve = reserve_late  # type: ignore[method-assign]
+    with pytest.raises(OutcomeUnknownError, match=r"record 1.*stand behind it"):
+        log.exchange([_study(1)], cursor, NOTHING)
+    assert last() == 4
+    for _ in range(2):
+        with pytest.raises(LogCorruptError):
+            log.exchange([_study(1)], cursor, NOTHING)
+    assert last() == 4
+
+
 def test_a_writer_killed_between_reserving_and_writing_stops_nobody(slots: _Where) -> None:
     log = slots.lossy()
     cursor = log.exchange([_study(0)], START, NOTHING).cursor

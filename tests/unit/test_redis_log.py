@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import optuna
 from optuna.samplers import RandomSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
@@ -36,6 +37,7 @@ from trialstore.errors import (
     LogCorruptError,
     LogReplacedError,
     LogUnavailableError,
+    OutcomeUnknownError,
     SecretNotFoundError,
 )
 from trialstore.journal import JournalRedisBackend
@@ -500,6 +502,67 @@ def test_a_damaged_record_is_corruption_with_its_number(
         with pytest.raises(LogCorruptError) as caught:
             standalone.open().read_logs(0)
         assert caught.value.record_number == 1
+
+
+def test_only_one_attempt_is_appended_behind_a_record_that_cant_be_read(where: _Where) -> None:
+    log = where.open()
+    cursor = log.exchange([_study("a", 0)], START, NOTHING).cursor
+    damaged = where.hole()
+    where.client.set(where.key(damaged), '{"op_code":0,"study_name":2024,"directions":[1]}')
+    with pytest.raises(OutcomeUnknownError, match=f"record {damaged}.*stand behind it"):
+        log.exchange([_study("b", 1)], cursor, NOTHING)
+    last = where.last()
+    for seq in (1, 2):
+        with pytest.raises(LogCorruptError, match="nothing more is written") as caught:
+            log.exchange([_study("b", seq)], cursor, NOTHING)
+        assert caught.value.record_number == damaged
+    with pytest.raises(LogCorruptError):
+        log.exchange_if(lambda news, cursor: [_study("c", 3)], cursor, NOTHING)
+    assert where.last() == last == damaged + 1
+
+    # Another one behind it is found before anything is appended, too.
+    also_damaged = where.hole()
+    where.client.set(where.key(also_damaged), "{}")
+    where.optuna_append(damaged, "o1")
+    with pytest.raises(LogCorruptError):
+        log.exchange([_study("b", 1)], cursor, NOTHING)
+    assert where.last() == also_damaged
+
+    where.optuna_append(also_damaged, "o1")
+    batch = log.exchange([_study("b", 1), _study("c", 4)], cursor, NOTHING)
+    assert [record.seq for record in batch.news] == [-1, 1, -1, 4]  # type: ignore[union-attr]
+    batch = log.exchange([_study("d", 5)], batch.cursor, NOTHING)
+    assert [record.seq for record in batch.news] == [5]  # type: ignore[union-attr]
+    assert where.last() == also_damaged + 2
+
+
+def test_a_storage_makes_one_ghost_at_most_behind_a_record_that_cant_be_read(
+    standalone: _Where,
+) -> None:
+    storage = trialstore.JournalStorage(standalone.open())
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+    damaged = standalone.hole()
+    standalone.client.set(standalone.key(damaged), "{}")
+    for error in (OutcomeUnknownError, LogCorruptError, LogCorruptError):
+        with pytest.raises(error):
+            storage.create_new_trial(study_id)
+    standalone.optuna_append(damaged, "o1")
+    there = trialstore.JournalStorage(standalone.open())
+    assert len(there.get_all_trials(study_id)) == len(storage.get_all_trials(study_id)) == 1
+
+
+def test_optunas_storage_appends_no_more_to_what_it_cant_read(standalone: _Where) -> None:
+    storage = optuna.storages.JournalStorage(standalone.open())
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+    damaged = standalone.hole()
+    standalone.client.set(standalone.key(damaged), "{")
+    for _ in range(3):
+        with pytest.raises(LogCorruptError, match="nothing more is written"):
+            storage.create_new_trial(study_id)
+    assert standalone.last() == damaged + 1
+    standalone.optuna_append(damaged, "o1")
+    storage.create_new_trial(study_id)
+    assert len(storage.get_all_trials(study_id)) == 2
 
 
 def test_keys_of_another_type_are_corruption(standalone: _Where) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
-from trialstore.errors import OutcomeUnknownError
+from trialstore.errors import LogCorruptError, OutcomeUnknownError
 from trialstore.logs.redis.doors import Door, send
 from trialstore.logs.redis.driver import as_bytes
 from trialstore.logs.redis.position import Position
-from trialstore.logs.redis.reading import ANSWER_RECORDS, Reader
+from trialstore.logs.redis.reading import ANSWER_RECORDS, Reader, raise_appended
 
 # Taken only if nobody has taken it since; what a cluster with a plain prefix does on a condition.
 _RESERVE_SCRIPT: Final = (
@@ -47,7 +47,8 @@ class ByHand:
             alone: Append only if nothing is new.
 
         Raises:
-            OutcomeUnknownError: Others filled a part of the numbers meanwhile.
+            OutcomeUnknownError: Others filled a part of the numbers meanwhile, or a record before
+                them was lost.
             LogCorruptError, LogReplacedError: As ``RedisLog.exchange``.
 
         Returns:
@@ -78,7 +79,10 @@ class ByHand:
             # What was read before was there; a hint, so it need not be exact.
             commands.append(("SET", self._keys.complete, number - 1))
             self._connection.ask(functools.partial(send, commands=commands), appends=True)
-            found = self._reader.read(number, end - 1)
+            try:
+                found = self._reader.read(number, end - 1)
+            except LogCorruptError as damage:
+                raise_appended(damage)
             news += found
             mine = found[len(found) - len(lines) :]
             kept = sum(line == own for line, own in zip(mine, lines, strict=True))

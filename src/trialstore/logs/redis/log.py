@@ -14,6 +14,8 @@ What a crash may leave behind, and why nothing that was acknowledged is lost or 
   ``reading.py``.)
 * A key that is missing although it once existed was evicted or deleted. That is told apart from a
   hole by ``{prefix}:trialstore:complete`` and by what stands behind the gap, and never filled.
+* A record that can't be decoded is found only when others have been appended behind it, since that
+  takes one round trip. From then on a storage reads, and decodes, before it appends.
 * A compaction writes beside the journal and switches in one script. Killed before, it leaves the
   old journal, killed after, the new one with records behind its end that readers pass over.
   (``compaction.py``.)
@@ -40,6 +42,7 @@ from optuna.storages.journal import BaseJournalBackend
 
 from trialstore.clock import CLOCK, Clock
 from trialstore.credentials import Secret
+from trialstore.errors import LogCompactedError, LogCorruptError
 from trialstore.findings import Finding
 from trialstore.log import START, Base, Batch, Compaction, Cursor, Decide, Entry, Wanted
 from trialstore.logs.head import decode_head
@@ -54,7 +57,7 @@ from trialstore.logs.redis.leases import Leases
 from trialstore.logs.redis.listening import Ear
 from trialstore.logs.redis.locks import RELEASE_SCRIPT
 from trialstore.logs.redis.position import BEGIN, Position, position_after, tail_of
-from trialstore.logs.redis.reading import ANSWER_RECORDS, Reader
+from trialstore.logs.redis.reading import ANSWER_RECORDS, Reader, raise_appended
 from trialstore.logs.redis.snapshots import Snapshots
 from trialstore.records import AnyOperation, encode_dict, encode_line
 
@@ -130,6 +133,9 @@ class RedisLog(BaseJournalBackend):
         self._snapshots = Snapshots(self._connection)
         self._compactor = Compactor(self._reader, self._snapshots)
         self._read_positions: dict[int, Position] = {}  # for read_logs, by record number
+        # A record before this number could not be decoded; 0: none. Those whose place is before
+        # it too read again before they append.
+        self._damaged_before = 0
         self._mark = f"{uuid.uuid4().hex[:16]}-"
         self._n_marked = 0
         _logs.add(self)
@@ -164,18 +170,26 @@ class RedisLog(BaseJournalBackend):
         Raises:
             LogUnavailableError: The server was not reached in time, or refused; nothing counts.
             OutcomeUnknownError: The records were sent, and the server did not come back to say.
+                Or they were appended behind a record that can't be read; no further ones will be.
             LogCorruptError: A record is missing, or is none. Nothing was appended.
             LogReplacedError: The journal is shorter than ``cursor``, or another one. Likewise.
         """
         position = BEGIN if cursor is START else Position(*cursor)
         lines = [encode_line(record)[:-1] for record in records]
         with self._connection.mutex:
+            seen: list[bytes] = []
+            if lines and position.number < self._damaged_before:
+                # Each attempt would append once more to a journal that it can't read then.
+                seen, position = self._read_on([], position, more=True)
+                self._decode(seen, position)
+                self._damaged_before = 0
             news, after, more = self._exchange_lines(
-                lines, position, self._leases.owners_of(records)
+                _without(lines, seen), position, self._leases.owners_of(records)
             )
+        news = seen + news
         if not news:
             return Batch(None, (), cursor if after is position else tuple(after))
-        return Batch(None, self._reader.decode(news, after.number - len(news)), tuple(after), more)
+        return Batch(None, self._decode(news, after, bool(lines)), tuple(after), more)
 
     def exchange_if(self, decide: Decide, cursor: Cursor, wanted: Wanted) -> Batch:
         """See ``ConditionalLog``, and ``exchange`` for what it raises.
@@ -190,9 +204,7 @@ class RedisLog(BaseJournalBackend):
             while set(lines).isdisjoint(news):
                 records: Sequence[AnyOperation] = ()
                 try:
-                    records = decide(
-                        self._reader.decode(news, after.number - len(news)), tuple(after)
-                    )
+                    records = decide(self._decode(news, after), tuple(after))
                 finally:
                     if lines and not records and not self._connection.in_slots:
                         release = ("EVAL", RELEASE_SCRIPT, 1, self._keys.turn, self._mark)
@@ -205,7 +217,25 @@ class RedisLog(BaseJournalBackend):
                 news, after = self._read_on(
                     *self._exchange_lines(lines, position, owners, alone=True)
                 )
-            return Batch(None, self._reader.decode(news, after.number - len(news)), tuple(after))
+            return Batch(None, self._decode(news, after, appended=True), tuple(after))
+
+    def _decode(
+        self, news: list[bytes], after: Position, appended: bool = False
+    ) -> list[AnyOperation]:
+        """The records that end at a position.
+
+        Args:
+            news: As they are stored.
+            after: The position.
+            appended: This call's own are among them.
+        """
+        try:
+            return self._reader.decode(news, after.number - len(news))
+        except LogCorruptError as damage:
+            self._damaged_before = after.number
+            if appended and not isinstance(damage, LogCompactedError):
+                raise_appended(damage)
+            raise
 
     def _read_on(
         self, news: list[bytes], position: Position, more: bool
@@ -239,10 +269,15 @@ class RedisLog(BaseJournalBackend):
             ):
                 self._read_positions.clear()
                 self._reader.raise_compacted(log_number_from)
+            try:
+                logs = [
+                    self._reader.decode_one(line, number, _decode_dict)
+                    for number, line in enumerate(lines, log_number_from)
+                ]
+            except LogCorruptError:
+                self._damaged_before = position.number
+                raise
             self._note_read(position)
-        logs: list[dict[str, Any]] = []
-        for line in lines:
-            logs.append(self._reader.decode_one(line, log_number_from + len(logs), _decode_dict))
         return logs
 
     def _note_read(self, position: Position) -> None:
@@ -263,6 +298,10 @@ class RedisLog(BaseJournalBackend):
         with self._connection.mutex:
             lines = [self._encode_dict(fields) for fields in logs]
             position = next(reversed(self._read_positions.values()), BEGIN)
+            if position.number < self._damaged_before:
+                self.read_logs(position.number)
+                self._damaged_before = 0
+                position = next(reversed(self._read_positions.values()))
             if position.number == 0:
                 position = Position(self._connection.ask(self._reader.last_number) + 1, "")
             self._exchange_lines(lines, position)

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterable
 import logging
 from typing import Any, Final, NoReturn, TypeVar
 
-from trialstore.errors import LogCompactedError, LogCorruptError, LogReplacedError
+from trialstore.errors import (
+    LogCompactedError,
+    LogCorruptError,
+    LogReplacedError,
+    OutcomeUnknownError,
+)
 from trialstore.logs.head import Head, decode_head
 from trialstore.logs.redis.connection import Connection
 from trialstore.logs.redis.doors import Door
@@ -203,7 +208,8 @@ class Reader:
             if trimmed_before(line):
                 self.raise_compacted(number)
             raise LogCorruptError(
-                f"no record, or a damaged one: {error}. Nothing is written to a damaged journal.",
+                f"no record, or a damaged one: {error}. Restore the key from a backup; until then "
+                "nothing more is written to this journal.",
                 source=self.key_name(number),
                 record_number=number,
             ) from error
@@ -264,6 +270,14 @@ class Reader:
             )
         error = LogReplacedError if status == b"changed" else LogCorruptError
         raise error(reasons[status], source=self.key_name(number), record_number=number)
+
+
+def raise_appended(damage: LogCorruptError) -> NoReturn:
+    """Damage was found when records had been appended behind it, which nobody can judge now."""
+    raise OutcomeUnknownError(
+        f"{damage} The records of this call stand behind it; what they mean is known once it is "
+        "mended."
+    ) from damage
 
 
 def trimmed_before(line: bytes) -> int:
