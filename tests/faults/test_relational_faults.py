@@ -6,23 +6,30 @@ the connection is gone. That is what a cut cable looks like from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
+import itertools
 import multiprocessing
 from pathlib import Path
+import threading
 from typing import Any
 
+import optuna
+from optuna.trial import TrialState
 import pytest
+import sqlalchemy as sa
 from tests.unit.test_relational_basics import Model, claim, param, tell, time, verdicts
 
 from compat.workers import write
-from servers import new_database, shared_mariadb, shared_postgresql
+from interrupts import is_interrupted_at
+from servers import new_database, proxied, shared_mariadb, shared_postgresql
 from trialstore import records as r
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, Wanted
-from trialstore.logs.relational import TablesLog
-from trialstore.logs.relational.session import Rows, Session, Step
+from trialstore.logs.relational import TablesLog, exchange
+from trialstore.logs.relational.session import Rows, Session, Step, plain
 from trialstore.rdb import RDBStorage
 
 DRIVERS = [
@@ -73,6 +80,52 @@ def cut(
 
     session.run = run.__get__(session)  # type: ignore[method-assign]
     return lambda: count[0] >= at
+
+
+@contextlib.contextmanager
+def locked_table(name: str, url: str) -> Iterator[None]:
+    """Nobody else reads the table, as while an administrator works on it."""
+    lock = f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE"
+    if url.startswith("mysql"):
+        lock = f"LOCK TABLES {name} WRITE"
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(lock)
+        yield
+
+
+_WAITING = {
+    "postgresql": "SELECT pg_cancel_backend(pid) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND wait_event_type = 'Lock'",
+    "mysql": "SELECT id FROM information_schema.processlist "
+    "WHERE db = database() AND state LIKE '%%metadata lock%%'",
+}
+
+
+@contextlib.contextmanager
+def cancelling(url: str) -> Iterator[list[int]]:
+    """Cancel whatever waits for a lock in the database, and count it."""
+    n_cancelled = [0]
+    done = threading.Event()
+    waiting = _WAITING[sa.make_url(url).get_backend_name()]
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+
+    def cancel() -> None:
+        with engine.connect() as connection:
+            while not done.wait(0.01):
+                for (found,) in connection.exec_driver_sql(waiting).fetchall():
+                    n_cancelled[0] += 1
+                    if url.startswith("mysql"):
+                        connection.exec_driver_sql(f"KILL QUERY {found}")
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    try:
+        yield n_cancelled
+    finally:
+        done.set()
+        canceller.join()
+        engine.dispose()
 
 
 @pytest.mark.parametrize("kind", DRIVERS)
@@ -153,6 +206,162 @@ def test_what_follows_an_interrupt_is_not_taken_for_it(
     told = [x.trial_id for x in Model(url).read(study_id) if x.state == r.COMPLETE]
     assert told == others[: at - 1]
     assert told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_ctrl_c_between_any_two_lines_of_an_exchange(
+    kind: str, stepwise: bool, tmp_path: Path
+) -> None:
+    one = Model(new_database(kind, tmp_path))
+    study_id = one.study()
+    told = []
+    for moment in itertools.count(1):
+        first, second = one.trial(study_id), one.trial(study_id)
+        pair = {"params": {(study_id, f"x{moment}")}} if stepwise else {}
+        write = functools.partial(one.do, param(first, f"x{moment}"), **pair)
+        if not is_interrupted_at(moment, write, exchange.__file__):
+            break
+        assert verdicts(one.do(tell(second, 1.0))) == ["ACCEPTED"]
+        told.append(second)
+    assert len(told) > 10
+    trials = one.read(study_id)
+    assert [x.trial_id for x in trials if x.state == r.COMPLETE] == told
+
+
+_REFUSE = {
+    "psycopg": "DO $$ BEGIN RAISE EXCEPTION 'test' USING ERRCODE = '{0}'; END $$",
+    "psycopg2": "DO $$ BEGIN RAISE EXCEPTION 'test' USING ERRCODE = '{0}'; END $$",
+    "pymysql": "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {0}, MESSAGE_TEXT = 'test'",
+}
+_REFUSALS = {
+    "psycopg": ("57014", "55P03", "22003", "42P01"),
+    "psycopg2": ("57014", "55P03", "22003", "42P01"),
+    "pymysql": ("1317", "1205", "1264", "1146"),
+}
+"""Cancelled, waited too long for a lock, a value out of range, a table gone."""
+
+
+@contextlib.contextmanager
+def refusing(model: Model, kind: str, code: str, *, after: bool, always: bool) -> Iterator[None]:
+    """Have the server refuse a statement before or after the next COMMIT; then, if ``always``, any
+    message that only reads."""
+    session = model.log.connection.session()
+    real = type(session).run
+    refusal = plain(_REFUSE[kind].format(code))
+    committed = [False]
+
+    def run(self: Session, steps: Sequence[Step]) -> list[Rows]:
+        commit = model.log.connection.dialect.commit
+        if commit in steps and not committed[0]:
+            committed[0] = True
+            at = steps.index(commit) + after
+        elif commit not in steps and committed[0] and always:
+            at = 0
+        else:
+            return real(self, steps)
+        return real(self, [*steps[:at], refusal, *steps[at:]])
+
+    session.run = run.__get__(session)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del session.run
+    assert committed[0]
+
+
+_EACH_REFUSAL = pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        pytest.param(kind, code, marks=pytest.mark.servers, id=f"{kind}-{code}")
+        for kind, codes in _REFUSALS.items()
+        for code in codes
+    ],
+)
+
+
+@_EACH_REFUSAL
+def test_what_is_refused_after_commit_is_read_again(kind: str, code: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    first, second = one.trial(study_id), one.trial(study_id)
+    with refusing(one, kind, code, after=True, always=False):
+        new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
+        outcomes = one.do(tell(first, 1.0), new, trials_of={study_id})
+    assert verdicts(outcomes) == ["ACCEPTED"] * 2
+    assert one.trials[outcomes[1].id].number == 2
+    assert verdicts(one.do(tell(second, 2.0))) == ["ACCEPTED"]
+    trials = Model(url).read(study_id)
+    assert [x.values for x in trials] == [[1.0], [2.0], None]
+
+
+@_EACH_REFUSAL
+def test_what_is_refused_before_commit_is_not_stored(kind: str, code: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url, retry_deadline_s=0.0, clock=SteppingClock())
+    study_id = one.study()
+    first, second = one.trial(study_id), one.trial(study_id)
+    with refusing(one, kind, code, after=False, always=False):
+        if code in ("22003", "1264"):  # step by step nothing is refused any more
+            assert verdicts(one.do(tell(first, 1.0))) == ["ACCEPTED"]
+        else:
+            with pytest.raises(LogUnavailableError, match="nothing was stored"):
+                one.do(tell(first, 1.0))
+    stored = Model(url).read(study_id)[0].state == r.COMPLETE
+    assert stored == (code in ("22003", "1264"))
+    assert verdicts(one.do(tell(second, 2.0))) == ["ACCEPTED"]
+    assert Model(url).read(study_id)[1].values == [2.0]
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_a_read_that_is_cancelled_loses_no_write(kind: str, tmp_path: Path) -> None:
+    """As by an administrator's time limit, while somebody else holds the lock of a table."""
+    url = new_database(kind, tmp_path)
+    storage = RDBStorage(url, linger_s=3600)
+    study = optuna.create_study(storage=storage)
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    trial.set_user_attr("k", 1)
+    with locked_table("trial_intermediate_values", url), cancelling(url) as n_cancelled:
+        with pytest.raises(OutcomeUnknownError, match="committed"):
+            study.get_trials(deepcopy=False)
+        assert n_cancelled[0] >= 2
+    study.tell(trial, 1.0)
+    fresh = RDBStorage(url)
+    (told,) = fresh.get_all_trials(study._study_id)
+    assert (told.state, told.user_attrs) == (TrialState.COMPLETE, {"k": 1})
+    storage.close()
+    fresh.close()
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_a_server_that_goes_away_for_good_after_commit(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    with proxied(url) as (proxy, through):
+        one = Model(through, clock=SteppingClock())
+        study_id = one.study()
+        trial_id = one.trial(study_id)
+        session = one.log.connection.session()
+        commit = one.log.connection.dialect.commit
+        real = type(session).run
+        committed = [False]
+
+        def run(self: Session, steps: Sequence[Step]) -> list[Rows]:
+            if committed[0]:
+                proxy.refuse(True)
+                self.raw.close()
+                raise ConnectionResetError("cut by the test")
+            committed[0] = commit in steps
+            return real(self, steps)
+
+        session.run = run.__get__(session)  # type: ignore[method-assign]
+        with pytest.raises(OutcomeUnknownError, match="committed"):
+            one.do(param(trial_id, "x"), params={(study_id, "x")}, trials_of={study_id})
+        proxy.refuse(False)
+        assert verdicts(one.do(tell(trial_id, 1.0))) == ["ACCEPTED"]
+    (trial,) = Model(url).read(study_id)
+    assert (trial.params, trial.values) == ({"x": 0.5}, [1.0])
 
 
 @pytest.mark.parametrize("kind", DRIVERS)

@@ -57,7 +57,7 @@ class Connection:
 
     Attributes:
         session_id: Names its row in ``trialstore_sessions``, the mark.
-        seq: The number of the last exchange that the mark tells of.
+        seq: The greatest number that an exchange has taken for the mark.
         has_mark: Whether there is such a row.
         others_wrote: Asks whether another connection has committed, where the database can tell.
         standing: What is known as long as none has.
@@ -151,7 +151,6 @@ class Connection:
         self.schema = Schema(self.engine, self.dialect)
         self._session = self._fairy = None
         self.session_id = uuid.uuid4().hex
-        self.seq = 0
         self.has_mark = False
 
     def disconnect(self) -> None:
@@ -214,7 +213,6 @@ class Connection:
                 self.has_mark = self.schema.open_mark(
                     session, self.session_id, not self.skip_table_creation
                 )
-                self.seq = 0 if self.has_mark else self.seq
         except BaseException:
             self._end(session)
             raise
@@ -223,9 +221,13 @@ class Connection:
     def renew_session(self) -> None:
         """Be another session from now on, whose mark no earlier exchange can touch."""
         self.disconnect()
-        self.session_id = uuid.uuid4().hex
-        self.seq = 0
         self.has_mark = False
+        self.session_id = uuid.uuid4().hex
+
+    def next_seq(self) -> int:
+        """A number that no other exchange of this process takes for the session's mark."""
+        self.seq += 1
+        return self.seq
 
     def persistently(
         self, attempt: Callable[[], _Answer], deadline_s: float | None = None

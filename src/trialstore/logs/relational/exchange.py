@@ -16,7 +16,11 @@ it comes before; and while nobody else writes to the file, nothing is read at al
 
 A lost answer to COMMIT is settled by the mark (``trialstore_sessions``): its row is updated in
 the same transaction, so it tells whether that one happened, and the facts in it tell the
-outcomes. On SQLite there is no such answer to lose.
+outcomes. So it is if the database refuses a part of the message, which may be what is read after
+COMMIT. On SQLite there is no such answer to lose.
+
+All attempts at an exchange bear one number in the mark, and no other exchange ever bears it. So
+whatever ends one, an interrupt between any two lines too, the next is not taken for it.
 
 Source: docs/formats/tables.md.
 """
@@ -87,6 +91,8 @@ class Exchange:
 
         self.tried = False
         """Whether this is not the first attempt."""
+        self.seq: int | None = None
+        """The number in the mark; None until it is needed."""
         self.sent = False
         """Whether a COMMIT is out whose answer we don't have."""
         self.marked = False
@@ -102,19 +108,23 @@ class Exchange:
         try:
             return self.connection.persistently(self._attempt)
         except LogUnavailableError as error:
+            if self.outcomes is not None:
+                raise OutcomeUnknownError(
+                    f"{self.connection!r} has committed what was written and could not be read "
+                    f"since; read again instead of repeating the write. {error.__cause__!r:.200}"
+                ) from error.__cause__
             if not self.sent:
                 raise
-            # The next exchange must not be taken for this one's second try.
-            self.connection.renew_session()
             raise OutcomeUnknownError(
                 f"{self.connection!r} did not answer a COMMIT and could not be asked since "
                 "whether it happened; look at the study before repeating the call. "
                 f"{error.__cause__!r:.200}"
             ) from error.__cause__
-        except BaseException as error:
-            if self.sent and not isinstance(error, Exception):
-                self.connection.renew_session()  # an interrupt; the same holds
-            raise
+        finally:
+            if self.sent:
+                # Its transaction may still be under way and hold the mark's row; what comes next
+                # does not wait for it.
+                self.connection.renew_session()
 
     def _attempt(self) -> Batch:
         session = self.connection.session()
@@ -207,8 +217,6 @@ class Exchange:
         """
         d, connection = self.dialect, self.connection
         if not self.marked:
-            self.sent = False
-            connection.renew_session()
             raise OutcomeUnknownError(
                 f"{connection!r} did not answer a COMMIT, and there is no table "
                 f"{t.sessions.name} to ask whether it happened; let the user create it, or look "
@@ -217,10 +225,15 @@ class Exchange:
         steps = [d.begin_write, d.step(s.await_mark, session=connection.session_id), d.commit]
         rows = session.run(steps)[1]
         seq, facts, number = self._mark_in(rows)
-        self.sent = False
-        if seq == connection.seq + 1:
-            connection.seq = seq
+        if seq == self.seq:
             self._settle(facts, number)
+        self.sent = False
+
+    def _number(self) -> int:
+        """This exchange's own, for the mark."""
+        if self.seq is None:
+            self.seq = self.connection.next_seq()
+        return self.seq
 
     def _mark_in(self, rows: Rows) -> tuple[int, str, int | None]:
         """The session's row, which nobody but an administrator removes while it is in use."""
@@ -320,7 +333,7 @@ class Exchange:
         if d.answers_each and touched.trials and not (touched.studies or touched.names):
             facts_at = len(steps) - 1
             steps[facts_at] = self._lock(s.lock_trials, touched.trials)
-        args: dict[str, Any] = {"session": connection.session_id, "seq": connection.seq + 1}
+        args: dict[str, Any] = {"session": connection.session_id, "seq": self._number()}
         if touched.numbered:
             args["numbered_study"] = touched.numbered[0]
             args["known"] = self._known(r.DeleteStudy(worker_id="", study_id=touched.numbered[0]))
@@ -353,18 +366,8 @@ class Exchange:
         try:
             answers = session.run(steps)
         except Exception as error:
-            fault = connection.fault(error)
-            if fault is Fault.VALUE:
-                self.sent = False
-                self.stepwise = True
-                self.has_begun = False
-                connection.rollback()
-                return self._write_stepwise(connection.session())
-            if fault not in (Fault.LOST, Fault.FENCED):
-                self.sent = False
-            raise
+            return self._go_on_after(error)
         self.sent = False
-        connection.seq += 1
         connection.durable_commits += 1
         if facts_at is None:
             _, text, number = self._mark_in(answers[n_before - 1])
@@ -377,6 +380,23 @@ class Exchange:
             reading.take_created(study_id, [row[3:] for row in answers[n_before - 1]])
         reading.take(answers[n_before:])
         return self._finish(session, reading)
+
+    def _go_on_after(self, error: Exception) -> Reading:
+        """What a message that failed was to read, if it did not fail before its COMMIT."""
+        connection = self.connection
+        fault = connection.fault(error)
+        if fault in (Fault.LOST, Fault.FENCED):
+            raise error
+        connection.rollback()
+        session = connection.session()
+        self._recover(session)
+        if self.outcomes is not None:
+            return self._read(session)
+        if fault is Fault.VALUE:
+            self.stepwise = True
+            self.has_begun = False
+            return self._write_stepwise(session)
+        raise error
 
     def _finish(self, session: Session, reading: Reading) -> Reading:
         """The rare second plan, and the ids that came with the images."""
@@ -424,19 +444,19 @@ class Exchange:
         last = [*self.callers.keep(self.records, outcomes), self.dialect.commit]
         if self.connection.has_mark:
             text = msgspec.json.encode((outcomes, self.written)).decode()
-            args = {"session": self.connection.session_id, "seq": self.connection.seq + 1}
+            args = {"session": self.connection.session_id, "seq": self._number()}
             last.insert(0, self.dialect.step(s.mark_known, **args, facts=_KNOWN + text))
         self.sent, self.marked = self.dialect.name != "sqlite", self.connection.has_mark
         try:
             session.run(last)
         except Exception as error:
+            # Nothing comes after this COMMIT: if something was refused, it did not happen.
             self.sent = self.sent and self.connection.fault(error) in (Fault.LOST, Fault.FENCED)
             raise
         self.sent = False
         self._committed()
 
     def _committed(self) -> None:
-        self.connection.seq += 1
         if r.must_be_durable(self.records):
             self.connection.durable_commits += 1
 

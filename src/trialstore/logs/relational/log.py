@@ -134,7 +134,8 @@ class TablesLog:
         Raises:
             ValueError: A column can't hold a value; nothing was written.
             LogUnavailableError: Not reached within ``retry_deadline_s``; nothing was written.
-            OutcomeUnknownError: The answer to COMMIT was lost, and the mark can't be read.
+            OutcomeUnknownError: The answer to COMMIT was lost, and the mark can't be read. Or what
+                was written is committed, as the message says, and what is wanted can't be read.
         """
         studies = read_cursor(cursor)
         if records:

@@ -171,10 +171,11 @@ def read_facts(d: Dialect, trials: int, studies: int, names: int) -> Any:
 
 
 def mark(d: Dialect, trials: int, studies: int, names: int, numbered: bool) -> Any:
-    """Claim the session's next sequence number and keep the facts; fails if it is taken.
+    """Claim a number of the session's and keep the facts; fails if it or a greater one is taken.
 
     The failure is meant: a transaction whose answer was given up for lost, and which the server
-    runs after all once we have tried again, comes to an error here and takes back everything.
+    runs after all once we have tried again, or gone on, comes to an error here and takes back
+    everything.
     """
     c = t.sessions.c
     found = _greatest_number(_p("numbered_study"), _p("known")) if numbered else sa.null()
@@ -182,7 +183,7 @@ def mark(d: Dialect, trials: int, studies: int, names: int, numbered: bool) -> A
         _update(t.sessions)
         .where(c.session_id == _p("session"))
         .values(
-            seq=d.value_if(c.seq == _p("seq") - _ONE, _p("seq")),
+            seq=d.value_if(c.seq < _p("seq"), _p("seq")),
             number=found,
             facts=facts(d, trials, studies, names),
             updated_at=sa.func.now(),
@@ -193,7 +194,7 @@ def mark(d: Dialect, trials: int, studies: int, names: int, numbered: bool) -> A
 def mark_known(d: Dialect) -> Any:
     """Like ``mark``, with outcomes known already, where we went statement by statement."""
     c = t.sessions.c
-    seq = d.value_if(c.seq == _p("seq") - _ONE, _p("seq"))
+    seq = d.value_if(c.seq < _p("seq"), _p("seq"))
     return (
         _update(t.sessions)
         .where(c.session_id == _p("session"))
