@@ -365,6 +365,29 @@ def test_a_server_that_goes_away_for_good_after_commit(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", DRIVERS)
+@pytest.mark.parametrize("n_writes", [1, 2])
+def test_a_storage_closed_after_its_connection_was_dropped_goes_on(
+    kind: str, n_writes: int, tmp_path: Path
+) -> None:
+    """Its row can't be removed, and no later exchange is taken for one that stands there."""
+    url = new_database(kind, tmp_path)
+    asker = Model(url)
+    study_id = asker.study()
+    first, *others = [asker.trial(study_id) for _ in range(3)]
+    with proxied(url) as (proxy, through):
+        one = Model(through, clock=SteppingClock())
+        for i in range(n_writes):
+            one.do(param(first, f"x{i}"))
+        proxy.sever()
+        one.log.close()
+        for trial_id in others:
+            assert verdicts(one.do(tell(trial_id, 1.0))) == ["ACCEPTED"]
+        one.log.close()
+    told = [x.trial_id for x in asker.read(study_id) if x.state == r.COMPLETE]
+    assert told == others
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
 def test_without_the_mark_nothing_is_tried_again_blindly(kind: str, tmp_path: Path) -> None:
     url = new_database(kind, tmp_path)
     one = Model(url)

@@ -123,16 +123,17 @@ class Connection:
         if self._pid != os.getpid():
             self._leave_inherited()
             return
-        if self._session is not None and self.has_mark:
-            with contextlib.suppress(Exception):
-                step = self.dialect.step(s.forget_session, session=self.session_id)
-                self._session.run([step])
-        self.has_mark = False
-        self.seq = 0
         if self.in_memory:
             return
-        self.disconnect()
-        self.engine.dispose()
+        try:
+            if self._session is not None and self.has_mark:
+                with contextlib.suppress(Exception):
+                    step = self.dialect.step(s.forget_session, session=self.session_id)
+                    self._session.run([step])
+        finally:
+            # Whether the row is gone, or about to go, is not known.
+            self.renew_session()
+            self.engine.dispose()
 
     def about_to_write(self) -> None:
         """Be another session if this one's mark has become old."""
