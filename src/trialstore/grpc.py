@@ -123,7 +123,7 @@ def _shared(storage: BaseStorage, max_connections: int) -> Any:
     exchanger = storage._exchanger
     with _alone(exchanger):
         saver = exchanger._saver
-        copyable = not _is_in_memory_database(log)
+        copyable = not getattr(getattr(log, "connection", None), "is_shared", False)
         share = share_of(
             log,
             exchanger._cursor,
@@ -159,13 +159,6 @@ def _share_of_methods(storage: BaseStorage) -> Share:
     log = StorageLog(LocalMethods(storage), epoch=epoch)
     # It keeps nothing of its own, and the storage takes any number of threads.
     return share_of(log, START, lambda: log, n_copies_max=1 << 30)
-
-
-def _is_in_memory_database(log: Log) -> bool:
-    url = getattr(getattr(log, "engine", None), "url", None)
-    if url is None or url.get_backend_name() != "sqlite":
-        return False
-    return url.database in (None, "", ":memory:") or "memory" in str(url.query.get("mode", ""))
 
 
 @contextlib.contextmanager

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime, timedelta
+import gc
 import json
 import math
 from pathlib import Path
 import pickle
+import sqlite3
 import threading
 from typing import Any
 
@@ -571,8 +574,6 @@ def test_keys_that_mysql_holds_equal_are_refused(tmp_path: Path) -> None:
 
 
 def test_rows_that_nobody_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import sqlite3
-
     one = Model(new_database("sqlite", tmp_path))
     study_id = one.study()
     trials = [one.trial(study_id) for _ in range(3)]
@@ -652,8 +653,6 @@ def test_a_missing_driver_is_an_import_error() -> None:
 
 
 def test_json_is_as_optuna_writes_it(tmp_path: Path) -> None:
-    import sqlite3
-
     one = Model(new_database("sqlite", tmp_path))
     trial_id = one.trial(one.study())
     value = {"b": [1.5, "é"], "a": None}
@@ -779,3 +778,110 @@ def test_a_study_is_followed_past_another_that_has_grown(shared_url: str) -> Non
             assert {x.trial_id for x in follower.read(study_id)} == {*made, *queued}
             watcher.do(waiting_of={study_id})
             assert {x.trial_id for x in watcher.trials.values()} == queued
+
+
+def _n_trials(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as direct:
+        found: int = direct.execute("SELECT count(*) FROM trials").fetchone()[0]
+    return found
+
+
+def test_a_file_may_be_called_as_if_it_were_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "lr=0.1,mode=memory.db"
+    one = Model(f"sqlite:///{path}")
+    study_id = one.study()
+    pickled = pickle.dumps(one.log)
+    one.trial(study_id)
+    pickle.loads(pickled)
+    assert _n_trials(path) == 1
+
+
+class _Creator:
+    """A user's way to a file, for a URL that names none."""
+
+    def __init__(self, path: Path, check_same_thread: bool = True) -> None:
+        self.path = path
+        self.check_same_thread = check_same_thread
+
+    def __call__(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, check_same_thread=self.check_same_thread)
+
+
+def test_what_a_creator_opens_is_not_emptied_by_a_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    one = Model("sqlite://", engine_kwargs={"creator": _Creator(path)})
+    study_id = one.study()
+    pickled = pickle.dumps(one.log)
+    one.trial(study_id)
+    again = pickle.loads(pickled)
+    assert _n_trials(path) == 1
+    assert len(again.exchange([], None, Wanted(trials_of=frozenset((study_id,)))).news) == 2
+
+
+def test_a_pickle_joins_a_named_database_in_memory_that_is_still_there() -> None:
+    one = Model("sqlite:///file:joined?mode=memory&cache=shared&uri=true")
+    study_id = one.study()
+    pickled = pickle.dumps(one.log)
+    one.trial(study_id)
+    again = pickle.loads(pickled)
+    assert len(again.exchange([], None, Wanted(trials_of=frozenset((study_id,)))).news) == 2
+    assert len(one.read(study_id)) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file::memory:?uri=true",
+        "sqlite:///file:brought?mode=memory&cache=shared&uri=true",
+    ],
+)
+def test_a_pickle_brings_a_database_in_memory_along(url: str) -> None:
+    one = Model(url)
+    study_id = one.study()
+    one.trial(study_id)
+    pickled = pickle.dumps(one.log)
+    one.log.engine.dispose()
+    del one
+    gc.collect()
+    again = pickle.loads(pickled)
+    assert len(again.exchange([], None, Wanted(trials_of=frozenset((study_id,)))).news) == 2
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///{path}"])
+def test_threads_take_turns_with_a_creator_that_binds_to_one(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    one = Model(url.format(path=path), engine_kwargs={"creator": _Creator(path)})
+    study_id = one.study()
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: one.trial(study_id))
+        thread.start()
+        thread.join()
+        one.trial(study_id)
+    assert [x.number for x in one.read(study_id)] == list(range(6))
+
+
+def test_a_connection_of_the_users_stays_open() -> None:
+    mine = sqlite3.connect(":memory:", check_same_thread=False)
+    one = Model("sqlite://", engine_kwargs={"creator": lambda: mine})
+    other = Model("sqlite://", engine_kwargs={"creator": lambda: mine})
+    study_id = one.study()
+    assert other.read(study_id) == []
+    one.trial(study_id)
+    one.log.close()
+    one.trial(study_id)
+    assert len(other.read(study_id)) == 2
+    mine.close()
+
+
+def test_a_pool_of_the_users_gives_the_connection(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    pool = sa.pool.QueuePool(_Creator(path, check_same_thread=False))
+    one = Model("sqlite://", engine_kwargs={"pool": pool})
+    study_id = one.study()
+    one.trial(study_id)
+    assert _n_trials(path) == 1
+    one.log.close()
+    one.trial(study_id)
+    assert _n_trials(path) == 2

@@ -5,7 +5,7 @@ Optuna's tables are created and checked when it is first opened. Source: docs/fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import os
 from pathlib import Path
@@ -16,6 +16,7 @@ import uuid
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.util import asbool
 
 from trialstore.clock import Clock
 from trialstore.credentials import Secret
@@ -45,6 +46,8 @@ _MARK_IDLE_S: Final = 86_400.0
 """Who has written nothing for a day begins a new session, long before others take its mark for
 one that was left behind (``tables.SESSION_DAYS_MAX``)."""
 
+_ANY_TABLE: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
+
 _inherited: list[Any] = []
 """Connections opened by a parent process. Closing one, which collecting it would do, ends the
 parent's session (libpq says goodbye to the server, SQLite drops the parent's file locks)."""
@@ -53,7 +56,8 @@ parent's session (libpq says goodbye to the server, SQLite drops the parent's fi
 class Connection:
     """A connection that opens and heals by itself, in the process that uses it.
 
-    Its arguments are those of ``TablesLog``.
+    Its arguments are those of ``TablesLog``, and the ``contents`` that a database in memory begins
+    with, as a script.
 
     Attributes:
         session_id: Names its row in ``trialstore_sessions``, the mark.
@@ -75,6 +79,7 @@ class Connection:
         password: Secret | None,
         retry_deadline_s: float,
         clock: Clock,
+        contents: str | None = None,
     ) -> None:
         self.url = url
         self.engine_kwargs = engine_kwargs
@@ -84,6 +89,7 @@ class Connection:
         self.password = password
         self.retry_deadline_s = retry_deadline_s
         self._clock = clock
+        self._contents = contents
         address = self._address()
         kind = dialect_type(address)
         self.engine: Engine = _create_engine(address, kind, engine_kwargs)
@@ -97,8 +103,8 @@ class Connection:
         self.has_mark = False
         self._marked_at_s = clock.now_s()
         self._synchronous = ""
-        # Not in memory, where everybody uses this very connection.
-        self.others_wrote = None if self.in_memory else self.dialect.others_wrote
+        # It does not tell of those who use this very connection.
+        self.others_wrote = None if self.is_shared else self.dialect.others_wrote
         self.standing: Standing | None = None
         self.decoder = Decoder()
         self.durable_commits = 0
@@ -111,7 +117,15 @@ class Connection:
     @property
     def in_memory(self) -> bool:
         """Whether the connection is the database."""
-        return in_memory(self.engine.url)
+        return in_memory(self.engine.url, self.engine_kwargs)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others may use this very connection: everybody does so in memory, and a file's
+        that the user makes may be for others as well."""
+        if self.dialect.name != "sqlite":
+            return False
+        return self.in_memory or bool(_makers(self.engine_kwargs))
 
     def _address(self) -> sa.URL:
         """The URL, with the password as it is now if that is kept elsewhere."""
@@ -162,16 +176,18 @@ class Connection:
     def _end(self, session: Session) -> None:
         """Close a connection, which may be broken."""
         with contextlib.suppress(Exception):
-            if self._fairy is None:
-                session.close()
-            else:
+            if self._fairy is not None:
                 self._fairy.close()  # The one connection of the pool holds the contents.
+            elif self.is_shared:
+                session.rollback()  # The last who knows the connection closes it.
+            else:
+                session.close()
 
     def _open_connection(self) -> Any:
         """A connection of the driver's own, not from the engine's pool, which would ask the
         server half a dozen questions whose answers nobody needs here."""
         engine = self.engine
-        if self.in_memory:
+        if self.in_memory or (self.dialect.name == "sqlite" and "pool" in self.engine_kwargs):
             self._fairy = engine.raw_connection()
             return self._fairy.driver_connection
         options = self.dialect.engine_options(engine.url, self.engine_kwargs)
@@ -191,7 +207,7 @@ class Connection:
         return self._session
 
     def _connect(self) -> None:
-        fresh = self.dialect.name == "sqlite" and _wants_wal(self.engine.url)
+        fresh = self.dialect.name == "sqlite" and _wants_wal(self.engine.url, self.engine_kwargs)
         self.standing = None
         raw = self._open_connection()
         session = self.dialect.session(raw)
@@ -201,6 +217,8 @@ class Connection:
                 self._synchronous = ""
                 if fresh:
                     raw.execute("PRAGMA journal_mode=WAL").fetchall()
+                if self._contents is not None:
+                    self._fill(raw, self._contents)
             if not self._prepared and self.dialect.keeps_marks:
                 self._prepared = self.has_mark = self.schema.open_at_once(session, self.session_id)
             if not self._prepared:
@@ -218,6 +236,13 @@ class Connection:
             self._end(session)
             raise
         self._session = session
+
+    def _fill(self, raw: Any, contents: str) -> None:
+        """Give a database in memory its contents, unless it has some: those who open one that has
+        a name share it, and it may still be there, and be ahead."""
+        if not raw.execute(_ANY_TABLE).fetchall():
+            raw.executescript(contents)
+        self._contents = None
 
     def renew_session(self) -> None:
         """Be another session from now on, whose mark no earlier exchange can touch."""
@@ -322,15 +347,28 @@ def driver_error_of(error: BaseException) -> BaseException:
     return original if isinstance(original, BaseException) else error
 
 
-def in_memory(url: sa.URL) -> bool:
-    if url.get_backend_name() != "sqlite":
+def in_memory(url: sa.URL, engine_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a database ends with the connections to it; nobody knows of one that the user makes.
+
+    A path may have any letters in it: what SQLite is to understand has to be a URI, and said to be
+    one (``uri=true``).
+    """
+    if url.get_backend_name() != "sqlite" or _makers(engine_kwargs):
         return False
     name = url.database or ":memory:"
-    return (
-        name == ":memory:"
-        or "mode=memory" in f"{name}{url.query.get('mode', '')}"
-        or (url.query.get("mode") == "memory")
-    )
+    if not is_uri(url):
+        return name == ":memory:"
+    return name == "file::memory:" or url.query.get("mode") == "memory"
+
+
+def is_uri(url: sa.URL) -> bool:
+    """Whether SQLite is given a URI, with a query of its own, rather than a path."""
+    return (url.database or "").startswith("file:") and asbool(url.query.get("uri", False))
+
+
+def _makers(engine_kwargs: Mapping[str, Any]) -> set[str]:
+    """What makes the user's own connections."""
+    return {"creator", "pool"} & engine_kwargs.keys()
 
 
 def sqlite_path(url: str) -> str | None:
@@ -343,16 +381,16 @@ def sqlite_path(url: str) -> str | None:
         made = sa.make_url(fill_template(url))
     except sa.exc.ArgumentError as error:
         raise ValueError(str(error)) from None
-    if made.get_backend_name() != "sqlite" or in_memory(made):
+    if made.get_backend_name() != "sqlite" or in_memory(made, {}):
         return None
     return (made.database or "").removeprefix("file:")
 
 
-def _wants_wal(url: sa.URL) -> bool:
+def _wants_wal(url: sa.URL, engine_kwargs: Mapping[str, Any]) -> bool:
     """Whether this is a local file that does not hold a database yet."""
-    if in_memory(url) or (url.database or "").startswith("file:"):
+    if in_memory(url, engine_kwargs) or not url.database or url.database.startswith("file:"):
         return False
-    path = Path(url.database or "").absolute()
+    path = Path(url.database).absolute()
     try:
         empty = path.stat().st_size == 0
     except OSError:
@@ -364,7 +402,7 @@ def _create_engine(url: sa.URL, kind: type[Dialect], engine_kwargs: dict[str, An
     try:
         dialect = object.__new__(kind)
         options = dialect.engine_options(url, engine_kwargs)
-        if in_memory(url) and not {"poolclass", "creator", "pool"} & set(options):
+        if in_memory(url, engine_kwargs) and "poolclass" not in options:
             # One connection for all threads; each would see a database of its own otherwise.
             for sizing in ("pool_size", "max_overflow", "pool_timeout", "pool_recycle"):
                 options.pop(sizing, None)

@@ -399,6 +399,8 @@ class SQLite(Dialect):
         text = str(error)
         if "locked" in text or "busy" in text:
             return Fault.AGAIN
+        if "only be used in that same thread" in text:
+            return Fault.LOST  # to this thread; the user's creator makes one for it
         if "no such table" in text:
             return Fault.NO_TABLE
         if f"NOT NULL constraint failed: {t.sessions.name}.seq" in text:

@@ -40,7 +40,6 @@ from trialstore.records import (
 )
 
 RETRY_DEADLINE_S: Final = 60.0
-_TABLE_NAMES: Final = "SELECT name FROM sqlite_master WHERE type = 'table'"
 
 
 class TablesLog:
@@ -75,7 +74,7 @@ class TablesLog:
     ) -> None:
         if durability not in ("full", "process"):
             raise ValueError(f"durability must be 'full' or 'process', not {durability!r}.")
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "url": fill_template(url),
             "engine_kwargs": dict(engine_kwargs or {}),
             "skip_compatibility_check": skip_compatibility_check,
@@ -84,9 +83,13 @@ class TablesLog:
             "password": password,
             "retry_deadline_s": retry_deadline_s,
         }
+        self._open(options, clock)
+
+    def _open(self, options: dict[str, Any], clock: Clock, contents: str | None = None) -> None:
+        self._options = options
         self.leased: set[str] = set()
         """Owners whose trials are covered by a lease."""
-        self.connection = Connection(**self._options, clock=clock)
+        self.connection = Connection(**options, clock=clock, contents=contents)
         self._callers = Callers(self.connection, clock)
         self._dialect = self.connection.dialect
 
@@ -108,13 +111,7 @@ class TablesLog:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = dict(state)
-        contents = options.pop("contents")
-        self.__init__(**options)  # type: ignore[misc]
-        if contents is not None:
-            raw = self.connection.session().raw
-            for table in reversed(raw.execute(_TABLE_NAMES).fetchall()):
-                raw.execute(f'DROP TABLE "{table[0]}"')
-            raw.executescript(contents)
+        self._open(options, CLOCK, options.pop("contents"))
 
     def _contents(self) -> str | None:
         """A database in memory as a script, because it has no address; None for all others."""
