@@ -10,6 +10,8 @@ from datetime import datetime, timedelta
 import gc
 import json
 import math
+import multiprocessing
+import os
 from pathlib import Path
 import pickle
 import sqlite3
@@ -885,3 +887,42 @@ def test_a_pool_of_the_users_gives_the_connection(tmp_path: Path) -> None:
     one.log.close()
     one.trial(study_id)
     assert _n_trials(path) == 2
+
+
+def _ask_in_child(log: TablesLog, study_id: int, folder: Path) -> None:
+    os.chdir(folder)
+    record = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(0))
+    assert log.exchange([record], None, NOTHING).outcomes
+
+
+@pytest.mark.parametrize("url", ["sqlite:///x y.db", "sqlite:///file:x%20y.db?uri=true"])
+@pytest.mark.parametrize("how", ["close", "fork", "pickle"])
+def test_a_relative_path_stays_where_it_was(
+    url: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    there = tmp_path / "50% ?#"  # as a URI has it, it is written otherwise
+    run.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(there)
+    one = Model(url)
+    study_id = one.study()
+    if how == "fork":
+        child = multiprocessing.get_context("fork").Process(
+            target=_ask_in_child, args=(one.log, study_id, run)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+    elif how == "pickle":
+        pickled = pickle.dumps(one.log)
+        monkeypatch.chdir(run)
+        one.log = pickle.loads(pickled)
+        one.trial(study_id)
+    else:
+        monkeypatch.chdir(run)
+        one.log.close()
+        one.trial(study_id)
+    assert _n_trials(there / "x y.db") == 1
+    assert not list(run.iterdir())
+    assert one.log.url == url and str(there) not in repr(one.log)

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 import random
 from typing import Any, Final, TypeVar
+from urllib.parse import parse_qs
 import uuid
 
 import sqlalchemy as sa
@@ -56,8 +57,8 @@ parent's session (libpq says goodbye to the server, SQLite drops the parent's fi
 class Connection:
     """A connection that opens and heals by itself, in the process that uses it.
 
-    Its arguments are those of ``TablesLog``, and the ``contents`` that a database in memory begins
-    with, as a script.
+    Its arguments are those of ``TablesLog``, the ``folder`` that the path of a SQLite file begins
+    in, and the ``contents`` that a database in memory begins with, as a script.
 
     Attributes:
         session_id: Names its row in ``trialstore_sessions``, the mark.
@@ -79,6 +80,7 @@ class Connection:
         password: Secret | None,
         retry_deadline_s: float,
         clock: Clock,
+        folder: str = "",
         contents: str | None = None,
     ) -> None:
         self.url = url
@@ -88,6 +90,7 @@ class Connection:
         self.durability = durability
         self.password = password
         self.retry_deadline_s = retry_deadline_s
+        self.folder = folder
         self._clock = clock
         self._contents = contents
         address = self._address()
@@ -112,7 +115,7 @@ class Connection:
         self.persistently(self.session, min(retry_deadline_s, _OPENING_DEADLINE_S))
 
     def __repr__(self) -> str:
-        return f"TablesLog({shown_url(self.engine.url)!r})"
+        return f"TablesLog({shown_url(sa.make_url(self.url))!r})"
 
     @property
     def in_memory(self) -> bool:
@@ -128,8 +131,9 @@ class Connection:
         return self.in_memory or bool(_makers(self.engine_kwargs))
 
     def _address(self) -> sa.URL:
-        """The URL, with the password as it is now if that is kept elsewhere."""
-        url = sa.make_url(self.url)
+        """The URL, with the password as it is now if that is kept elsewhere, and the same file
+        whatever folder the process has moved to."""
+        url = in_folder(sa.make_url(self.url), self.folder)
         return url if self.password is None else url.set(password=self.password.read())
 
     def close(self) -> None:
@@ -341,6 +345,27 @@ def fill_template(url: str) -> str:
     return url.replace("{SCHEMA_VERSION}", str(t.SCHEMA_VERSION))
 
 
+def working_folder() -> str:
+    """The folder of the process; "" if it is not there any more, which few have a need of."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return ""
+
+
+def in_folder(url: sa.URL, folder: str) -> sa.URL:
+    """The same with the relative path of a SQLite file made absolute."""
+    path = url.database
+    if url.get_backend_name() != "sqlite" or not path or in_memory(url, {}):
+        return url
+    if not is_uri(url):
+        return url.set(database=str(Path(folder, path)))
+    path = path.removeprefix("file:")
+    if not path or path.startswith("/"):
+        return url
+    return url.set(database=f"{Path(folder).as_uri()}/{path}")
+
+
 def driver_error_of(error: BaseException) -> BaseException:
     """What the driver said, below what SQLAlchemy made of it."""
     original = getattr(error, "orig", None)
@@ -358,7 +383,9 @@ def in_memory(url: sa.URL, engine_kwargs: Mapping[str, Any]) -> bool:
     name = url.database or ":memory:"
     if not is_uri(url):
         return name == ":memory:"
-    return name == "file::memory:" or url.query.get("mode") == "memory"
+    path, _, query = name.partition("?")  # SQLAlchemy adds the URL's
+    modes = (url.query.get("mode"), *parse_qs(query).get("mode", ()))
+    return path == "file::memory:" or "memory" in modes
 
 
 def is_uri(url: sa.URL) -> bool:
@@ -383,14 +410,15 @@ def sqlite_path(url: str) -> str | None:
         raise ValueError(str(error)) from None
     if made.get_backend_name() != "sqlite" or in_memory(made, {}):
         return None
-    return (made.database or "").removeprefix("file:")
+    path = made.database or ""
+    return path.removeprefix("file:") if is_uri(made) else path
 
 
 def _wants_wal(url: sa.URL, engine_kwargs: Mapping[str, Any]) -> bool:
     """Whether this is a local file that does not hold a database yet."""
-    if in_memory(url, engine_kwargs) or not url.database or url.database.startswith("file:"):
+    if in_memory(url, engine_kwargs) or not url.database or is_uri(url):
         return False
-    path = Path(url.database).absolute()
+    path = Path(url.database)
     try:
         empty = path.stat().st_size == 0
     except OSError:

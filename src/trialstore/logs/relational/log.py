@@ -19,7 +19,7 @@ from trialstore.log import START, Batch, Cursor, Decide, Mark, Overview, Summary
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.callers import Callers
 from trialstore.logs.relational.conditional import ConditionalExchange
-from trialstore.logs.relational.connection import Connection, fill_template
+from trialstore.logs.relational.connection import Connection, fill_template, working_folder
 from trialstore.logs.relational.cursor import read_cursor
 from trialstore.logs.relational.dialects import Dialect, record_time, shown_url
 from trialstore.logs.relational.exchange import Exchange
@@ -83,13 +83,15 @@ class TablesLog:
             "password": password,
             "retry_deadline_s": retry_deadline_s,
         }
-        self._open(options, clock)
+        self._open(options, clock, folder=working_folder())
 
-    def _open(self, options: dict[str, Any], clock: Clock, contents: str | None = None) -> None:
+    def _open(
+        self, options: dict[str, Any], clock: Clock, *, folder: str, contents: str | None = None
+    ) -> None:
         self._options = options
         self.leased: set[str] = set()
         """Owners whose trials are covered by a lease."""
-        self.connection = Connection(**options, clock=clock, contents=contents)
+        self.connection = Connection(**options, clock=clock, folder=folder, contents=contents)
         self._callers = Callers(self.connection, clock)
         self._dialect = self.connection.dialect
 
@@ -107,11 +109,17 @@ class TablesLog:
         return self.connection.engine
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self._options, "contents": self._contents()}
+        # A journal's pickle names its file by the absolute path, too.
+        return {
+            **self._options,
+            "folder": self.connection.folder,
+            "contents": self._contents(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = dict(state)
-        self._open(options, CLOCK, options.pop("contents"))
+        folder, contents = options.pop("folder"), options.pop("contents")
+        self._open(options, CLOCK, folder=folder, contents=contents)
 
     def _contents(self) -> str | None:
         """A database in memory as a script, because it has no address; None for all others."""
