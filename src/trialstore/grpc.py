@@ -69,7 +69,7 @@ def run_grpc_proxy_server(
         storage: Any storage. Nobody else should use this object meanwhile but through the server.
         host: Address to listen on.
         port: Port to listen on.
-        thread_pool: Where calls run, by default 64 threads.
+        thread_pool: Where calls run, by default 64 threads; streams have their own.
         certificate_file: PEM certificate of the server; with ``key_file``, TLS.
         key_file: Its private key.
         client_ca_file: PEM certificates; clients need one that is signed by one of them.

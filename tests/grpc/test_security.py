@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 import contextlib
 from datetime import datetime, timedelta, timezone
 import hmac
@@ -28,12 +29,15 @@ from servers import free_port
 import trialstore
 from trialstore import grpc as trialstore_grpc
 from trialstore.errors import LogUnavailableError
-from trialstore.logs.grpc import status
-from trialstore.logs.grpc.client import TOKEN_VARIABLE
+from trialstore.log import NOTHING, START, Batch, Wanted
+from trialstore.logs.grpc import payload, status
+from trialstore.logs.grpc.client import TOKEN_VARIABLE, GrpcLog
 from trialstore.logs.grpc.generated import log_pb2 as pb
 from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, calls
-from trialstore.logs.grpc.server import ProxyServer, Security, is_loopback
+from trialstore.logs.grpc.server import THREADS_MAX, ProxyServer, Security, is_loopback
+from trialstore.logs.grpc.streams import STREAMS_MAX
 from trialstore.storage import Storage
+from trialstore.testing.clock import ManualClock
 
 _MINIMIZE = [StudyDirection.MINIMIZE]
 _DEADLINE_S = 240.0
@@ -319,7 +323,7 @@ def test_a_message_beyond_the_bound_is_refused(tmp_path: Path) -> None:
         assert set(open_grpc(server.port).get_trial(trial_id).user_attrs) == set("abc")
 
 
-# --- health, reflection, waiting -----------------------------------------------------------------
+# --- health, reflection --------------------------------------------------------------------------
 
 
 def test_health_and_reflection_answer(tmp_path: Path) -> None:
@@ -341,17 +345,195 @@ def test_health_and_reflection_answer(tmp_path: Path) -> None:
         assert len(found.methods) == 19
 
 
-def test_the_health_check_needs_no_token(tmp_path: Path) -> None:
+def test_only_the_health_check_needs_no_token(tmp_path: Path) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection_pb2_grpc
 
     with (
         KillableServer(served_url("journal", tmp_path), token="t") as server,
         grpc.insecure_channel(f"localhost:{server.port}") as channel,
     ):
-        reply = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(), timeout=30
-        )
+        health = health_pb2_grpc.HealthStub(channel)
+        reply = health.Check(health_pb2.HealthCheckRequest(), timeout=30)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        for stream in (
+            health.Watch(health_pb2.HealthCheckRequest(), timeout=30),
+            reflection.ServerReflectionInfo(iter(()), timeout=30),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream)
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+# --- what clients leave open ---------------------------------------------------------------------
+
+_EXCHANGE = f"/{LOG_SERVICE.full_name}/Exchange"
+_CHECK = "/grpc.health.v1.Health/Check"
+
+
+class _Open:
+    """Calls that are left open: what they wait for is not sent, what they are sent not taken."""
+
+    def __init__(self, port: int) -> None:
+        # Without a window that grows, or on a fast line all is taken before anybody reads it.
+        options = [("grpc.http2.bdp_probe", 0)]
+        self._channel = grpc.insecure_channel(f"localhost:{port}", options)
+        self._ended = threading.Event()
+
+    def __enter__(self) -> _Open:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._channel.close()
+
+    def call(self, kind: str) -> Any:
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+        from grpc_reflection.v1alpha import reflection_pb2_grpc
+
+        if kind == "reflection":
+            stub = reflection_pb2_grpc.ServerReflectionStub(self._channel)
+            return stub.ServerReflectionInfo(self._nothing())
+        if kind == "watch":
+            return health_pb2_grpc.HealthStub(self._channel).Watch(health_pb2.HealthCheckRequest())
+        if kind == "read":
+            wanted = payload.pack_wanted(Wanted(catalogue=True))
+            read: Any = calls(self._channel, LOG_SERVICE)["Read"]
+            return read(pb.ExchangeRequest(wanted=wanted))
+        return self._channel.stream_stream(kind)(self._nothing())
+
+    def _nothing(self) -> Iterator[bytes]:
+        self._ended.wait()
+        yield from ()
+
+
+def _wait_for_ends(left_open: Sequence[Any], n_ends: int) -> None:
+    """Until so many have ended, whichever."""
+    ended = threading.Semaphore(0)
+    for call in left_open:
+        if not call.add_callback(ended.release):
+            ended.release()
+    for _ in range(n_ends):
+        assert ended.acquire(timeout=_DEADLINE_S)
+
+
+def _end(call: Any) -> grpc.StatusCode:
+    """How a call ended, once it has; one that nobody reads does not, as far as its client sees."""
+    ended = threading.Event()
+    assert not call.add_callback(ended.set) or ended.wait(_DEADLINE_S)
+    code: grpc.StatusCode = call.code()
+    return code
+
+
+@contextlib.contextmanager
+def _proxy_server(storage: Any, **options: Any) -> Iterator[ProxyServer]:
+    security = Security(token=options.pop("token", None))
+    with trialstore_grpc._shared(storage, 3) as share:
+        server = ProxyServer(
+            share, storage, host="localhost", port=0, security=security, **options
+        )
+        server.start()
+        try:
+            yield server
+        finally:
+            server.drain(0)
+
+
+def _storage_of_more_than_a_window(folder: Path) -> Storage:
+    """What does not get through to a client that takes nothing."""
+    storage = trialstore.get_storage(f"sqlite:///{folder}/a.db")
+    for name in "abc":
+        study_id = storage.create_new_study(_MINIMIZE, name)
+        storage.set_study_user_attr(study_id, "k", "x" * (1 << 20))
+    return storage
+
+
+@pytest.mark.parametrize("kind", ["reflection", "watch", "read", _CHECK])
+def test_what_is_left_open_keeps_nobody_from_an_exchange(kind: str, tmp_path: Path) -> None:
+    with (
+        _proxy_server(_storage_of_more_than_a_window(tmp_path)) as server,
+        _Open(server.port) as clients,
+    ):
+        left_open = [clients.call(kind) for _ in range(THREADS_MAX + STREAMS_MAX)]
+        _wait_for_ends(left_open, THREADS_MAX)
+        refused = [call for call in left_open if not call.is_active()]
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert all(status.is_transient(call) for call in refused)
+        with contextlib.closing(open_grpc(server.port, retry_deadline_s=30.0)) as storage:
+            study_id = storage.create_new_study(_MINIMIZE, "s")
+            storage.create_new_trial(study_id)
+
+
+@pytest.mark.parametrize("kind", ["reflection", _CHECK])
+def test_what_sends_nothing_is_ended(kind: str) -> None:
+    with (
+        _proxy_server(trialstore.InMemoryStorage(), standstill_s=0.1) as server,
+        _Open(server.port) as clients,
+    ):
+        for _ in range(STREAMS_MAX + 1):
+            assert _end(clients.call(kind)) == grpc.StatusCode.CANCELLED
+
+
+def test_what_takes_nothing_makes_way_for_others(tmp_path: Path) -> None:
+    storage = _storage_of_more_than_a_window(tmp_path)
+    with _proxy_server(storage, standstill_s=1.0) as server, _Open(server.port) as clients:
+        left_open = [clients.call("read") for _ in range(2 * STREAMS_MAX)]
+        _wait_for_ends(left_open, STREAMS_MAX)
+        with contextlib.closing(GrpcLog("localhost", server.port)) as log:
+            log.exchange((), START, NOTHING)
+
+
+def test_a_server_ends_although_calls_are_left_open(tmp_path: Path) -> None:
+    with (
+        _proxy_server(_storage_of_more_than_a_window(tmp_path)) as server,
+        _Open(server.port) as clients,
+    ):
+        sending = [clients.call("reflection"), clients.call(_CHECK)]
+        for kind in ("watch", "read"):
+            assert next(clients.call(kind))  # it has come that far
+        server.drain(0)
+        assert all(map(_end, sending))
+
+
+def test_what_shows_no_token_is_not_waited_for(tmp_path: Path) -> None:
+    storage = trialstore.InMemoryStorage()
+    with _proxy_server(storage, token="t") as server, _Open(server.port) as clients:
+        for kind in (_EXCHANGE, "read", "reflection"):
+            assert _end(clients.call(kind)) == grpc.StatusCode.UNAUTHENTICATED
+
+
+class _Announced(ManualClock):
+    """Time that passes in pauses only; somebody is told when one begins."""
+
+    def __init__(self, has_paused: threading.Event) -> None:
+        super().__init__()
+        self._has_paused = has_paused
+
+    def sleep(self, duration_s: float) -> None:
+        self._has_paused.set()
+        time.sleep(0.01)
+
+
+def test_who_opens_while_too_many_do_comes_back(tmp_path: Path) -> None:
+    with _proxy_server(_storage_of_more_than_a_window(tmp_path)) as server:
+        has_paused = threading.Event()
+        log = GrpcLog("localhost", server.port, clock=_Announced(has_paused))
+        with _Open(server.port) as clients:
+            left_open = [clients.call("read") for _ in range(2 * STREAMS_MAX)]
+            _wait_for_ends(left_open, STREAMS_MAX)
+            opened: list[Batch] = []
+            opening = threading.Thread(
+                target=lambda: opened.append(log.exchange((), START, Wanted(catalogue=True)))
+            )
+            opening.start()
+            assert has_paused.wait(_DEADLINE_S)
+        opening.join(_DEADLINE_S)
+        assert len(opened[0].news) >= 3
+        log.close()
+
+
+# --- waiting -------------------------------------------------------------------------------------
 
 
 def test_waiting_for_a_server_that_is_not_there_ends() -> None:

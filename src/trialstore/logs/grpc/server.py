@@ -4,8 +4,9 @@ Threads, not asyncio: every log blocks, and handing a call over to a thread cost
 grpcio's own threads do (docs/decisions/0010).
 
 Who may call is decided before anything is read: TLS with or without client certificates, and a
-bearer token, compared in constant time. Messages, calls at once and metadata are bounded; whatever
-a client sends, it gets a status and the server goes on.
+bearer token, compared in constant time. Messages, calls at once and metadata are bounded, and
+streams run apart from exchanges (``streams.py``); whatever a client sends, or doesn't, it gets a
+status and the server goes on.
 
 Source: docs/formats/grpc.md; gRPC health checking protocol; gRPC server reflection.
 """
@@ -37,6 +38,7 @@ from trialstore.logs.grpc.generated import POOL, log_pb2 as pb
 from trialstore.logs.grpc.methods import LOG_SERVICE, STORAGE_SERVICE, bearer, handler
 from trialstore.logs.grpc.share import Request, Share
 from trialstore.logs.grpc.stock import StorageServicer
+from trialstore.logs.grpc.streams import HEALTH_CHECK, STANDSTILL_S, StreamBounds
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +53,6 @@ _REPLY_BYTES_MAX: Final = 8 << 20
 # What an opening client reads is in memory once for each.
 _READS_AT_ONCE: Final = 4
 _DRAIN_S: Final = 30.0
-_HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
 
 
 class LogServicer:
@@ -250,34 +251,22 @@ class _TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, expected: bytes) -> None:
         self._expected = expected
-        self._refusals = {
-            streams: _refusal(streams) for streams in ((False, False), (False, True), (True, True))
-        }
+        # Whatever was called: of a call that is no stream grpcio would wait for the request.
+        self._refusal = grpc.stream_stream_rpc_method_handler(_refuse)
 
     def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
-        if details.method.startswith(_HEALTH_PREFIX):
+        if details.method == HEALTH_CHECK:
             return continuation(details)
         for key, value in details.invocation_metadata:
             if key == "authorization":
                 shown = value if isinstance(value, bytes) else value.encode()
                 if hmac.compare_digest(shown, self._expected):
                     return continuation(details)
-        found = continuation(details)
-        if found is None:
-            return None
-        return self._refusals[found.request_streaming, found.response_streaming]
+        return None if continuation(details) is None else self._refusal
 
 
-def _refusal(streams: tuple[bool, bool]) -> grpc.RpcMethodHandler:
-    def refuse(request: Any, context: grpc.ServicerContext) -> Any:
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, "A bearer token is needed.")
-
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[streams]
-    return make(refuse)
+def _refuse(requests: Any, context: grpc.ServicerContext) -> Any:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "A bearer token is needed.")
 
 
 # --- the server ----------------------------------------------------------------------------------
@@ -293,8 +282,9 @@ class ProxyServer:
         port: Port, or 0 for a free one.
         security: Who may call.
         allow_insecure: Listen on any address without TLS or token.
-        thread_pool: Where calls run.
+        thread_pool: Where calls run that are no streams.
         message_bytes_max: Larger requests are refused.
+        standstill_s: For how long a stream may wait for its client.
 
     Raises:
         ValueError, RuntimeError: As ``Security.listen``.
@@ -311,12 +301,14 @@ class ProxyServer:
         allow_insecure: bool = False,
         thread_pool: ThreadPoolExecutor | None = None,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
+        standstill_s: float = STANDSTILL_S,
     ) -> None:
         self._pool = thread_pool or ThreadPoolExecutor(THREADS_MAX, "trialstore-grpc")
         self._owns_pool = thread_pool is None
+        self._streams = StreamBounds(standstill_s)
         self._server = grpc.server(
             self._pool,
-            interceptors=security.interceptors(),
+            interceptors=[*security.interceptors(), self._streams],
             maximum_concurrent_rpcs=_CALLS_MAX,
             options=[
                 ("grpc.max_receive_message_length", message_bytes_max),
@@ -349,6 +341,7 @@ class ProxyServer:
             self._stopping.set()
             self._health.enter_graceful_shutdown()
             self._server.stop(grace_s).wait()
+            self._streams.close()
             if self._owns_pool:
                 self._pool.shutdown()
             self._stopped.set()

@@ -32,6 +32,9 @@ _TABLE: Final[tuple[tuple[str, type[Exception], Any], ...]] = (
     ("value", ValueError, _Code.INVALID_ARGUMENT),
 )
 
+# grpcio's words for a call beyond ``maximum_concurrent_rpcs``, and ours for one beyond our bounds.
+_TOO_MANY: Final = "Concurrent RPC limit"
+
 _REFUSED: Final = {
     _Code.UNAUTHENTICATED: "it wants a token, and this is not the one. Pass token= or token_file=",
     _Code.PERMISSION_DENIED: "it denies permission",
@@ -58,6 +61,12 @@ def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     raise AssertionError("abort raises")
 
 
+def refuse_for_now(context: grpc.ServicerContext, why: str) -> NoReturn:
+    """End a call before it has begun; the client comes back, with jitter."""
+    context.abort(_Code.RESOURCE_EXHAUSTED, f"{_TOO_MANY} exceeded! {why}")
+    raise AssertionError("abort raises")
+
+
 def is_known(error: Exception) -> bool:
     """Whether the table has a status for an error."""
     return any(isinstance(error, kind) for _, kind, _ in _TABLE)
@@ -80,7 +89,7 @@ def is_transient(error: grpc.RpcError) -> bool:
         # The words of grpcio for an exception in a plain Optuna server.
         return "Exception calling application" not in (error.details() or "")
     if error.code() == _Code.RESOURCE_EXHAUSTED:
-        return "Concurrent RPC limit" in (error.details() or "")
+        return _TOO_MANY in (error.details() or "")
     return error.code() in (
         _Code.UNAVAILABLE,
         _Code.DEADLINE_EXCEEDED,
