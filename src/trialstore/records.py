@@ -21,7 +21,7 @@ Source: docs/formats/journal.md.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 import enum
 import json
@@ -419,6 +419,8 @@ def _utc_offset(hour: str) -> timedelta | None:
 RECORD_START: Final = re.compile(rb'\{"op_code":')
 """How every line begins, ours and Optuna's."""
 
+_FOLLOWING: Final = re.compile(rb"[^ \0]")
+
 _line_decoder: Final = msgspec.json.Decoder(AnyOperation)
 _line_encoder: Final = msgspec.json.Encoder()
 
@@ -525,23 +527,48 @@ def checksum_matches(line: bytes) -> bool | None:
     return suffix == b'%s%08x"}' % (_CHECKSUM_KEY, zlib.crc32(line[:-_CHECKSUM_LEN]))
 
 
+def whole_records(fragment: bytes) -> Iterator[tuple[int, int, AnyOperation]]:
+    """Every whole record in bytes of which others are torn: where it begins and ends, and itself.
+
+    A record may hold others, in an attribute. Those are not records of the journal, and where the
+    outer one is torn they are told by what follows them there.
+    """
+    text = fragment.decode("latin-1")  # keeps offsets, and JSON's structure is ASCII
+    end = 0
+    after_torn = False
+    for start in RECORD_START.finditer(fragment):
+        begin = start.start()
+        if begin < end:
+            continue
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            after_torn = True
+            continue
+        try:
+            record = decode_line(fragment[begin:end])
+        except (ValueError, RecursionError):
+            continue
+        if not (after_torn and _what_follows(fragment, end) in (b",", b"]", b"}")):
+            yield begin, end, record
+
+
+def _what_follows(fragment: bytes, end: int) -> bytes:
+    """The next byte behind what our own writes and a lost page leave, spaces and NULs."""
+    found = _FOLLOWING.search(fragment, end)
+    return found[0] if found is not None else b""
+
+
 def counts_for_nothing(fragment: bytes) -> bool:
     """Whether bytes that no newline ends are what a crash leaves.
 
-    A record without its newline was never acknowledged: it may be followed by nothing, by the
-    beginning of the next one, or by what our own writes and a lost page leave, spaces and NULs.
-    A whole record followed by anything else had a newline once, and that was damaged.
+    A record without its newline was never acknowledged: it may be followed by nothing, or by the
+    beginning of the next one. A whole record followed by anything else had a newline once, and
+    that was damaged.
     """
-    text = fragment.decode("latin-1")  # keeps offsets, and JSON's structure is ASCII
-    for start in RECORD_START.finditer(fragment):
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, start.start())
-            decode_line(fragment[start.start() : end])
-        except (ValueError, RecursionError):
-            continue
-        if text[end:].lstrip(" \0")[:1] not in ("", "{"):
-            return False
-    return True
+    return all(
+        _what_follows(fragment, end) in (b"", b"{") for _, end, _ in whole_records(fragment)
+    )
 
 
 def checksums_match(lines: bytes, count: int) -> bool:

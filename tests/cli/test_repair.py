@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from typing import Any
 
+from optuna.study import StudyDirection
 import pytest
 
 from damages import (
@@ -205,6 +206,29 @@ def test_in_place_keeps_the_damaged_one(filled: Path, tmp_path: Path, cli: Cli) 
     assert (tmp_path / "j.damaged").read_bytes() == damaged
     assert cli("check", str(path)).code == 0
     assert _contents(str(path)) == _contents(str(filled / "a.journal"))
+
+
+def test_records_in_an_attribute_of_a_damaged_one_are_not_taken_for_the_journals(
+    tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "j"
+    storage: Any = trialstore.get_storage(str(path))
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+    trial_id = storage.create_new_trial(study_id)
+    found = [{"op_code": 1, "worker_id": "w", "study_id": study_id}] * 2
+    storage.set_trial_user_attr(trial_id, "found", found)
+    storage.set_trial_user_attr(trial_id, "more", 1)
+    storage.close()
+    whole = path.read_bytes()
+    for damage in (whole.replace(b'"found":', b'"found";'), whole.replace(b"}]}", b"}]]")):
+        assert damage != whole
+        path.write_bytes(damage)
+        result = cli("check", str(path), "--json")
+        assert [one["kind"] for one in result.json["findings"]] == ["record-damaged"]
+        assert cli("repair", str(path)).code == 1
+        (trial,) = _contents(f"{path}.repaired")["s"]["trials"]
+        assert trial["user_attrs"] == {"more": 1}
+        Path(f"{path}.repaired").unlink()
 
 
 def test_a_symlink_in_place_stays_one(filled: Path, tmp_path: Path, cli: Cli) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, strategies as st
+from hypothesis import assume, given, strategies as st
 
 from trialstore.records import (
     AnyOperation,
@@ -15,6 +15,7 @@ from trialstore.records import (
     SetTrialStateValues,
     SetTrialUserAttr,
     checksum_matches,
+    counts_for_nothing,
     decode_line,
     encode_line,
     to_journal_dict,
@@ -69,6 +70,13 @@ _records = st.one_of(
     ),
 )
 
+_with_records_inside = st.builds(
+    SetTrialUserAttr,
+    trial_id=st.integers(0, 9),
+    user_attr=st.fixed_dictionaries({"k": st.lists(_records.map(to_journal_dict), max_size=2)}),
+    **_marks,
+)
+
 
 @given(_records)
 def test_a_record_comes_back_from_its_line(record: AnyOperation) -> None:
@@ -87,3 +95,19 @@ def test_a_changed_byte_is_noticed(record: AnyOperation, position: int, flip: in
     line = bytearray(encode_line(record)[:-1])
     line[position % len(line)] ^= flip
     assert checksum_matches(bytes(line)) is not True
+
+
+@given(_records | _with_records_inside, st.integers(0, 10**6))
+def test_a_record_cut_anywhere_counts_for_nothing(record: AnyOperation, position: int) -> None:
+    line = encode_line(record)[:-1]
+    assert counts_for_nothing(line[: position % (len(line) + 1)])
+
+
+@given(_records | _with_records_inside, _records, st.integers(0, 255))
+def test_a_record_that_lost_its_newline_to_another_byte_counts(
+    record: AnyOperation, following: AnyOperation, other: int
+) -> None:
+    assume(other not in b"\n{ \0")
+    damaged = encode_line(record)[:-1] + bytes([other])
+    assert not counts_for_nothing(damaged)
+    assert not counts_for_nothing(damaged + encode_line(following)[:-1])

@@ -25,6 +25,7 @@ import trialstore
 from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, START, SnapshotStore
 from trialstore.logs.file import FileLog, journal_file, system
+from trialstore.logs.file.lines import glued_at
 from trialstore.logs.file.position import MARK_BYTES
 from trialstore.records import (
     AnyOperation,
@@ -33,6 +34,7 @@ from trialstore.records import (
     SetTrialIntermediateValue,
     SetTrialStateValues,
     SetTrialUserAttr,
+    counts_for_nothing,
     encode_line,
 )
 from trialstore.testing.clock import ManualClock
@@ -303,6 +305,18 @@ def test_sync_after_the_release_on_a_local_file_system_and_before_it_elsewhere(
 # --- torn tails and glued records ----------------------------------------------------------------
 
 
+# Attributes of somebody who keeps what he found in another journal, as JSON and as text.
+_NESTED = [{"op_code": 1, "worker_id": "w", "study_id": 3}, {"op_code": 1, "study_id": 4}]
+_LOOKS_LIKE_RECORDS: dict[str, Any] = {
+    "nothing like it": {"op_code": 4, "b": [1, {}]},
+    "a list": [*_NESTED, _NESTED],
+    "a dict": {"a": _NESTED[0], "b": {"c": _NESTED[0]}},
+    "one in another": {"op_code": 8, "worker_id": "w", "trial_id": 1, "user_attr": {"k": _NESTED}},
+    "strings": [json.dumps(_NESTED), json.dumps(json.dumps(_NESTED)), "{", json.dumps(_NESTED[0])],
+    "lines of ours": [json.loads(encode_line(trial(i))) for i in range(2)],
+}
+
+
 def acknowledged(path: Path) -> list[AnyOperation]:
     records = [study(), trial(1), attr(2, {"op_code": 4, "a": ['{"op_code":']}), complete(3)]
     path.write_bytes(b"".join(map(encode_line, records)))
@@ -312,12 +326,13 @@ def acknowledged(path: Path) -> list[AnyOperation]:
 @pytest.mark.parametrize("optuna_first", [False, True], ids=["ours", "plain Optuna, then ours"])
 @pytest.mark.parametrize("torn_by", [encode_line, optuna_line], ids=["our line", "Optuna's line"])
 @pytest.mark.parametrize("padding", [b"", b"\0" * 100], ids=["", "then NULs"])
+@pytest.mark.parametrize("value", ["nothing like it", "a list"])
 def test_cut_at_every_byte_nothing_acknowledged_is_lost(
-    path: Path, optuna_first: bool, torn_by: Any, padding: bytes
+    path: Path, optuna_first: bool, torn_by: Any, padding: bytes, value: str
 ) -> None:
     records = acknowledged(path)
     whole = path.read_bytes()
-    torn = torn_by(attr(4, {"op_code": 4, "b": [1, {}]}))
+    torn = torn_by(attr(4, _LOOKS_LIKE_RECORDS[value]))
     for cut in range(len(torn)):
         path.write_bytes(whole + torn[:cut] + padding)
         expected = list(records)
@@ -344,6 +359,17 @@ def test_cut_at_every_byte_nothing_acknowledged_is_lost(
         assert [fields["op_code"] for fields in logs] == [
             json.loads(optuna_line(record))["op_code"] for record in expected
         ]
+
+
+@pytest.mark.parametrize("value", _LOOKS_LIKE_RECORDS)
+@pytest.mark.parametrize("torn_by", [encode_line, optuna_line], ids=["our line", "Optuna's line"])
+def test_whatever_is_in_it_a_torn_record_counts_for_nothing(value: str, torn_by: Any) -> None:
+    torn, whole = torn_by(attr(4, _LOOKS_LIKE_RECORDS[value])), encode_line(trial(5))[:-1]
+    for cut in range(len(torn)):
+        for behind in (b"", b" ", b"\0" * 9, b"\0 "):
+            assert counts_for_nothing(torn[:cut] + behind), cut
+            glued = torn[:cut] + behind
+            assert glued_at(glued + whole) == len(glued), cut
 
 
 def test_a_write_under_way_is_no_torn_tail(
@@ -480,6 +506,22 @@ def test_two_torn_prefixes_in_one_line(path: Path) -> None:
     records.append(trial(7))
     FileLog(str(path)).exchange([trial(7)], START, NOTHING)
     assert len(list(OptunaFileBackend(str(path)).read_logs(0))) == len(records)
+
+
+@pytest.mark.parametrize("value", _LOOKS_LIKE_RECORDS)
+@pytest.mark.parametrize("at", ["end", "middle"])
+@pytest.mark.parametrize("torn", [b"", b'{"op_code":5,"wor'], ids=["", "behind a torn prefix"])
+def test_a_newline_that_became_another_byte_is_damage(
+    path: Path, value: str, at: str, torn: bytes
+) -> None:
+    whole = encode_line(study()) + torn + encode_line(attr(1, _LOOKS_LIKE_RECORDS[value]))[:-1]
+    after = encode_line(trial(2)) if at == "middle" else b""
+    for byte in set(range(256)) - set(b"\n{ \0"):
+        if torn and byte in b",]}":
+            continue  # it might be what was torn that goes on: a crash and damage in one place
+        path.write_bytes(whole + bytes([byte]) + after)
+        with pytest.raises(LogCorruptError, match="record 1"):
+            read_all(path)
 
 
 def test_a_torn_first_line_does_not_change_the_identity(path: Path) -> None:

@@ -54,10 +54,9 @@ def read_entry(entry: Entry) -> Salvaged:
         return _read_tail(entry, line)
     if record is not None and not why:
         return Salvaged(entry, record, kept=(record,))
-    whole = _whole_records(line)
-    if whole and r.counts_for_nothing(line[: whole[-1][0]]):
+    glued = _glued(line)
+    if glued is not None:
         message = "A torn prefix before a whole record; nothing acknowledged is missing."
-        glued = whole[-1][1]
         return Salvaged(entry, glued, "glued-record", message, "note", (glued,))
     if record is not None:
         # Where only its place matters, a record whose bytes can't be trusted is better than none.
@@ -66,8 +65,16 @@ def read_entry(entry: Entry) -> Salvaged:
     return _damaged(entry, line, why)
 
 
+def _glued(line: bytes) -> AnyOperation | None:
+    """The whole record at the end of a line that begins with a torn one."""
+    for begin, end, record in _whole_records(line)[-1:]:
+        if not line[end:].strip(b" ") and r.counts_for_nothing(line[:begin]):
+            return record
+    return None
+
+
 def _damaged(entry: Entry, line: bytes, why: str) -> Salvaged:
-    whole = tuple(record for _, record in _whole_records(line))
+    whole = tuple(record for *_, record in _whole_records(line))
     if whole:
         why = f"{why} {len(whole)} whole records are in it."
         return Salvaged(entry, None, "record-damaged", why, kept=whole)
@@ -88,22 +95,13 @@ def _read(line: bytes) -> tuple[AnyOperation | None, str]:
     return record, ""
 
 
-def _whole_records(line: bytes) -> list[tuple[int, AnyOperation]]:
-    """Every undamaged record somewhere in a damaged line, and where it begins."""
-    text = line.decode("latin-1")  # keeps offsets, and JSON's structure is ASCII
-    found: list[tuple[int, AnyOperation]] = []
-    end = 0
-    for start in r.RECORD_START.finditer(line):
-        if start.start() < end:
-            continue
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            continue
-        record, why = _read(line[start.start() : end])
-        if record is not None and not why:
-            found.append((start.start(), record))
-    return found
+def _whole_records(line: bytes) -> list[tuple[int, int, AnyOperation]]:
+    """Every undamaged record somewhere in a damaged line, and where it begins and ends."""
+    return [
+        found
+        for found in r.whole_records(line)
+        if r.checksum_matches(line[found[0] : found[1]]) is not False
+    ]
 
 
 def _read_tail(entry: Entry, line: bytes) -> Salvaged:
