@@ -13,7 +13,7 @@ What a crash may leave behind, and why nothing that was acknowledged is lost:
   read as the whole record at its end, and its torn prefix overwritten by the next appender.
 * Every write is either one ``O_APPEND`` of whole lines or of a space, or spaces over bytes that
   count for nothing, or bytes over themselves. None of them harms if the lock was lost in the
-  meantime.
+  meantime, but for ``_write_reserved`` on a nearly full disk.
 * Anything else that does not decode is damage. It is reported with file, offset and record
   number, and nothing is written to a damaged file.
 
@@ -465,7 +465,11 @@ class JournalFile:
         return start
 
     def _write_reserved(self, data: bytes) -> int:
-        """Append a batch all or none: first so that it does not count, then over itself."""
+        """Append a batch all or none: first so that it does not count, then over itself.
+
+        An eviction between the two writes may harm: another repairs what is there as a torn tail
+        and goes on behind it, and the second write makes it count all the same.
+        """
         reserved = data.replace(b"\n", b" ")
         with self._opened_in_place() as fd:
             written = os.write(self.fd, reserved)
