@@ -22,6 +22,7 @@ from trialstore import compaction, journal, records as r
 from trialstore.errors import (
     CompactionRefusedError,
     LogCompactedError,
+    LogCorruptError,
     LogReplacedError,
     LogUnavailableError,
 )
@@ -806,6 +807,7 @@ def test_a_kill_or_a_lost_answer_at_any_step_on_redis(
 ) -> None:
     """Killed, or, where ``is_answered`` is not, its answers lost: old or new, never half."""
     monkeypatch.setattr("trialstore.logs.redis.compaction._PIECE_RECORDS", 40)
+    monkeypatch.setattr("trialstore.logs.redis.compaction._SWITCH_REMOVES", 25)
     trimmable = _KINDS["redis"](tmp_path)
     storage = trimmable.open()
     _fill(storage)
@@ -867,6 +869,92 @@ def test_a_new_record_that_was_evicted_leaves_the_old_journal(
     journal.compact(trimmable.open_log())
     assert len(trimmable.records()) < len(records)
     assert storage_contents(trimmable.open()) == storage_contents(storage) == before
+
+
+def _ask(log: Any, *command: Any) -> Any:
+    return log._connection.ask(lambda door: door.command(*command))
+
+
+def _killed_after_its_switch(trimmable: _Journal) -> None:
+    """A compaction that does not get to its sweep."""
+    log = trimmable.open_log()
+    run = log._compactor._step
+
+    def dying(name: str, *args: Any) -> Any:
+        answer = run(name, *args)
+        if name == "switch":
+            raise _Killed
+        return answer
+
+    log._compactor._step = dying
+    with pytest.raises(_Killed):
+        journal.compact(log)
+    _ask(log, "DEL", log._keys.compacting)
+
+
+def _old_records(log: Any, n_before: int) -> list[int]:
+    """Numbers above the last one that hold something."""
+    numbers = range(int(_ask(log, "GET", log._keys.number)) + 1, n_before)
+    return [number for number in numbers if _ask(log, "EXISTS", log._keys.record(number))]
+
+
+def test_a_compaction_killed_after_its_switch_leaves_nothing_behind_the_end(
+    trimmable: _Journal,
+) -> None:
+    """A plain Optuna worker that takes a number first has no record there until it sets it."""
+    _fill(trimmable.open())
+    n_before = len(trimmable.records())
+    _killed_after_its_switch(trimmable)
+    log = trimmable.open_log()
+    assert int(_ask(log, "GET", log._keys.number)) + 1 < n_before
+    assert _old_records(log, n_before) == []
+    assert _ask(log, "EXISTS", log._keys.stale) == 0
+
+
+def test_old_records_far_behind_the_end_are_passed_over_and_then_removed(
+    trimmable: _Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a very long journal the switch removes a part; older versions of ours removed none."""
+    monkeypatch.setattr("trialstore.logs.redis.compaction._SWITCH_REMOVES", 2)
+    storage = trimmable.open()
+    _fill(storage)
+    before, n_before = storage_contents(trimmable.open()), len(trimmable.records())
+    _killed_after_its_switch(trimmable)
+    log = trimmable.open_log()
+    old = _old_records(log, n_before)
+    assert old[0] == int(_ask(log, "GET", log._keys.number)) + 3
+    assert list(log.findings(deep=False)) == []
+    for n in range(5):
+        assert storage_contents(trimmable.open()) == storage_contents(storage) == before
+        optuna.load_study(study_name="kept", storage=storage).set_user_attr("n", n)
+        before = storage_contents(trimmable.open())
+    assert _old_records(log, n_before) == old[3:]
+    journal.compact(trimmable.open_log())
+    assert _old_records(log, n_before) == []
+    assert _ask(log, "EXISTS", log._keys.stale) == 0
+
+
+@pytest.mark.parametrize("also_complete", [False, True])
+def test_a_number_lost_after_a_killed_compaction_is_no_empty_journal(
+    trimmable: _Journal, also_complete: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trialstore.logs.redis.compaction._SWITCH_REMOVES", 2)
+    storage = trimmable.open()
+    _fill(storage)
+    _killed_after_its_switch(trimmable)
+    log = trimmable.open_log()
+    records = trimmable.records()
+    number = _ask(log, "GET", log._keys.number)
+    _ask(log, "DEL", log._keys.number)
+    if also_complete:
+        _ask(log, "DEL", log._keys.complete)
+    for open_worker in (lambda: storage, trimmable.open):
+        with pytest.raises(LogCorruptError):
+            open_worker().create_new_study([optuna.study.StudyDirection.MINIMIZE], "new")
+    (finding,) = log.findings(deep=False)
+    assert finding.kind == "counter-behind"
+    _ask(log, "SET", log._keys.number, number)
+    assert trimmable.records() == records
 
 
 # --- without exclusion ---------------------------------------------------------------------------

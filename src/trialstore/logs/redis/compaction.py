@@ -1,7 +1,7 @@
 """Compaction and trim: other records in place of a journal's, written beside it and switched.
 
-Killed before the switch, it leaves the old journal, killed after, the new one with records behind
-its end that readers pass over and the next compaction removes.
+Killed before the switch, it leaves the old journal, killed after, the new one, and of a very long
+one old records far behind its end, which readers pass over and the next compaction removes.
 
 Source: docs/formats/redis.md, "Compaction".
 """
@@ -28,6 +28,10 @@ _COMPACT: Final = "compact.lua"
 # many keys at a time. It switches when no more than that came meanwhile.
 _PIECE_RECORDS: Final = 2000
 _PIECE_BYTES: Final = 1 << 20
+# The switch removes so many old records behind the new journal's end, at one or two microseconds
+# each, while others wait. If the compactor is killed before it has removed the rest, nobody gets
+# there before so many more were appended.
+_SWITCH_REMOVES: Final = 50_000
 # A killed compactor keeps others from compacting for so long.
 _COMPACT_LOCK_S: Final = 300
 _TRIMMED_MIN: Final = 4  # of less than so many records, none can go
@@ -84,7 +88,9 @@ class Compactor:
             position: In the old journal, after the last record that they stand for.
         """
         while True:
-            status, number = self._step("switch", token, *_check_args(position), head, count)
+            status, number = self._step(
+                "switch", token, *_check_args(position), head, count, _SWITCH_REMOVES
+            )
             if status == b"ok":
                 return
             with self._connection.mutex:

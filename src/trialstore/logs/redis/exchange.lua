@@ -29,7 +29,7 @@
 --   hole     number of a record that is not there (yet), nothing was appended
 --   short    number of the last record, which is before the one the caller has read
 --   changed  number of the record that does not end with the given bytes
---   beyond   number of a record after the last one
+--   beyond   number of a record after the last one, which is there, or was
 --   number   0, what PREFIX:log_number holds instead of a number
 --
 -- Source: docs/formats/redis.md.
@@ -61,8 +61,15 @@ local next = tonumber(ARGV[2])
 if next > last + 1 then
   return answer('short', last)
 end
+-- Whoever sets complete sets the number with it, or before.
+local complete = tonumber(redis.call('GET', KEYS[2]) or '') or -1
+if complete > last then
+  return answer('beyond', complete)
+end
+-- What a compaction left is passed over. It set both keys; without the one, the number may be lost
+-- too, and what seems to be left be the journal.
 if redis.call('EXISTS', key_of(last + 1)) == 1
-    and last + 1 > tonumber(redis.call('GET', KEYS[4]) or '-1') then
+    and (complete < 0 or last + 1 > tonumber(redis.call('GET', KEYS[4]) or '-1')) then
   return answer('beyond', last + 1)
 end
 local tail = ARGV[3]

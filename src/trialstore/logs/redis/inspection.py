@@ -32,14 +32,20 @@ def entries(reader: Reader, cursor: Cursor) -> Iterator[Entry]:
 
 def _ahead(reader: Reader, last: int) -> list[tuple[int, Any]]:
     """Records that stand behind the last one, up to the last of those that exist."""
-    # What a killed compaction has left is passed over, and removed by the next one.
-    stale = int(reader.connection.ask(lambda door: door.command("GET", reader.keys.stale)) or -1)
-    numbers = range(max(last, stale) + 1, last + 1 + _BEYOND_MAX)
+    first = last + 1
+    if 0 <= _number_in(reader, reader.keys.complete) <= last:
+        # What a killed compaction has left is passed over, and removed by the next one.
+        first = max(first, _number_in(reader, reader.keys.stale) + 1)
+    numbers = range(first, last + 1 + _BEYOND_MAX)
     with reader.connection.mutex:
         found = list(zip(numbers, reader.get(numbers), strict=True))
     while found and found[-1][1] is None:
         found.pop()
     return found
+
+
+def _number_in(reader: Reader, key: str) -> int:
+    return int(reader.connection.ask(lambda door: door.command("GET", key)) or -1)
 
 
 def facts(reader: Reader) -> dict[str, Any]:
@@ -58,12 +64,13 @@ def findings(reader: Reader, snapshots: Snapshots) -> Iterator[Finding]:
     """See ``Inspectable``: what is beside the records."""
     last = reader.connection.ask(reader.last_number)
     ahead = _ahead(reader, last)
-    if ahead:
+    written = ahead[-1][0] if ahead else _number_in(reader, reader.keys.complete)
+    if written > last:
         yield Finding(
             "counter-behind",
             reader.connection.name,
-            f"The counter says {last}, but there are records up to {ahead[-1][0]}; new records "
-            "would overwrite them.",
+            f"The counter says {last}, but there were records up to {written}; new records would "
+            "overwrite them.",
         )
     stored = reader.connection.ask(lambda door: door.command("GET", reader.keys.snapshot))
     if stored is not None and snapshots.load() is None:

@@ -17,7 +17,8 @@ What a crash may leave behind, and why nothing that was acknowledged is lost or 
 * A record that can't be decoded is found only when others have been appended behind it, since that
   takes one round trip. From then on a storage reads, and decodes, before it appends.
 * A compaction writes beside the journal and switches in one script. Killed before, it leaves the
-  old journal, killed after, the new one with records behind its end that readers pass over.
+  old journal, killed after, the new one; of a very long one some old records are left, far behind
+  its end, which readers pass over.
   (``compaction.py``.)
 
 Nothing that is found in Redis is unpickled.

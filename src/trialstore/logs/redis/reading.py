@@ -255,7 +255,7 @@ class Reader:
                 "journal. Open a new storage to read what is there now."
             ),
             b"beyond": (
-                f"the record is there, but {self.keys.number} ends before it: that key was "
+                f"the record was written, but {self.keys.number} ends before it: that key was "
                 "evicted, deleted or set back. Restore it; nothing is written to a damaged "
                 "journal."
             ),
