@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from redis_servers import new_prefix, shared_cluster
+from redis_servers import OptionsServer, new_prefix, shared_cluster
 from servers import RedisServer, find_binary, shared_redis
 import trialstore
 from trialstore import records as r
@@ -311,6 +312,37 @@ def test_records_whose_answer_never_comes_have_an_unknown_outcome(proxy: Countin
     with pytest.raises(OutcomeUnknownError, match="answer was lost"):
         log.exchange([_study(1)], cursor, NOTHING)
     assert _seqs(RedisLog(shared_redis().url, prefix=prefix)) == [0, 1]
+
+
+@pytest.mark.parametrize("come_back_after_s", [1.0, math.inf])
+def test_a_master_without_enough_replicas_is_waited_for(come_back_after_s: float) -> None:
+    find_binary("redis-server")
+    server = OptionsServer()
+    client = redis.Redis(port=server.port)
+
+    class Clock(ManualClock):
+        def sleep(self, duration_s: float) -> None:
+            super().sleep(duration_s)
+            if self.slept_s >= come_back_after_s:
+                client.config_set("min-replicas-to-write", 0)
+
+    try:
+        clock = Clock()
+        log = RedisLog(server.url, clock=clock)
+        cursor = log.exchange([_study(0)], START, NOTHING).cursor
+        client.config_set("min-replicas-to-write", 1)
+        if come_back_after_s == 1.0:
+            log.exchange([_study(1)], cursor, NOTHING)
+            assert clock.slept_s < 10
+        else:
+            with pytest.raises(LogUnavailableError, match="NOREPLICAS"):
+                log.exchange([_study(1)], cursor, NOTHING)
+            assert 30 <= clock.slept_s < 40
+        client.config_set("min-replicas-to-write", 0)
+        assert _seqs(RedisLog(server.url)) == list(range(1 + (come_back_after_s == 1.0)))
+    finally:
+        client.close()
+        server.remove()
 
 
 def test_a_network_that_drops_everything_is_noticed(proxy: CountingProxy) -> None:

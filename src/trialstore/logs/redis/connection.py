@@ -109,7 +109,8 @@ class Connection:
                 if kind.what == "refused":
                     self._raise_unavailable(error, kind.advice)
                 self.hang_up()
-                if sent:
+                # A script was refused as a whole, of several commands perhaps only one was.
+                if sent and (kind.what == "retry" or self.in_slots):
                     self.is_uncertain = True
                 now_s = self.clock.now_s()
                 if give_up_s is None:

@@ -18,9 +18,15 @@ def driver() -> Any:
 
 
 class Kind(NamedTuple):
-    """What an error of the driver means."""
+    """What an error of the driver means.
 
-    what: Literal["retry", "refused", "damaged"]
+    Args:
+        what: Both "retry" and "passing" are worth another attempt; in the second case the server
+            has said that it did nothing.
+        advice: What to do, to end a message with.
+    """
+
+    what: Literal["retry", "passing", "refused", "damaged"]
     advice: str = ""
 
 
@@ -58,8 +64,8 @@ def kind_of(error: Exception) -> Kind | None:
     if isinstance(error, errors.ResponseError):
         if "WRONGTYPE" in text:
             return Kind("damaged", " A key of the journal holds something else.")
-        passing = ("BUSY ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN")
-        return Kind("retry" if text.startswith(passing) else "refused")
+        passing = ("BUSY ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "NOREPLICAS")
+        return Kind("passing" if text.startswith(passing) else "refused")
     return Kind("retry") if isinstance(error, errors.RedisError) else None
 
 
