@@ -23,6 +23,7 @@ from tests.unit.test_relational_basics import Model, claim, param, tell, time, v
 
 from compat.workers import write
 from interrupts import is_interrupted_at
+from poolers import pooled
 from servers import new_database, proxied, shared_mariadb, shared_postgresql
 from trialstore import records as r
 from trialstore.clock import Clock
@@ -31,6 +32,7 @@ from trialstore.log import NOTHING, Wanted
 from trialstore.logs.relational import TablesLog, exchange
 from trialstore.logs.relational.session import Rows, Session, Step, plain
 from trialstore.rdb import RDBStorage
+from trialstore.testing.suites.base import run_threads
 
 DRIVERS = [
     pytest.param(kind, marks=pytest.mark.servers) for kind in ("psycopg", "psycopg2", "pymysql")
@@ -490,6 +492,22 @@ def test_many_processes_open_an_empty_database(kind: str, tmp_path: Path) -> Non
     for child in children:
         child.join()
     assert found == ["ACCEPTED", *["DUPLICATED_STUDY"] * (n - 1)]
+
+
+@pytest.mark.parametrize("kind", DRIVERS[:2])
+def test_an_empty_database_is_opened_by_many_through_a_pooler(kind: str, tmp_path: Path) -> None:
+    """Whoever takes a lock in one transaction can't give it back in the next."""
+    url = new_database(kind, tmp_path)
+    with pooled(url, 5) as through:
+        run_threads(*[functools.partial(_open_and_close, through) for _ in range(8)])
+    with sa.create_engine(url).connect() as connection:
+        held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        assert connection.exec_driver_sql(held).scalar() == 0
+
+
+def _open_and_close(url: str) -> None:
+    with contextlib.closing(TablesLog(url)) as log:
+        log.exchange([], None, Wanted(catalogue=True))
 
 
 def _work(url: str, study_id: int, n: int, answers: Any) -> None:

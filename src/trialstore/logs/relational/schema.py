@@ -140,7 +140,7 @@ class Schema:
     def _create_on_server(self) -> None:
         """Under a lock of the server's that creators share, because IF NOT EXISTS is no
         protection: two sessions may both find nothing and collide in the catalogue."""
-        with self._locked() as connection, connection.begin():
+        with self._locked() as connection:
             known = None
             if sa.inspect(connection).has_table(t.version_info.name):
                 known = connection.execute(sa.select(t.version_info.c.schema_version)).first()
@@ -167,33 +167,34 @@ class Schema:
 
     @contextmanager
     def _locked(self) -> Iterator[Connection]:
-        """A connection to a server, without a transaction, that holds the lock of all who create
-        or alter tables."""
+        """A connection to a server that holds the lock of all who create or alter tables, and
+        commits what is done with it.
+
+        PostgreSQL's lock is the first statement of the one transaction in which all is done, and
+        ends with it: a pooler lends each transaction another session. Its isolation is not the
+        server's default, or the tables would be looked for as they were before the lock was had.
+        MySQL commits with each statement that makes a table, so its lock is the session's.
+        """
         with self._engine.connect() as connection:
-            self._lock(connection)
+            if self._name == "postgresql":
+                connection.execution_options(isolation_level="READ COMMITTED")
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_NUMBER)))
+                yield connection
+                connection.commit()
+                return
+            if connection.scalar(sa.select(sa.func.get_lock(_LOCK_NAME, _LOCK_WAIT_S))) != 1:
+                raise LogUnavailableError(
+                    f"Somebody has been creating or upgrading the tables of {self._shown_url} for "
+                    f"more than {_LOCK_WAIT_S} s; try again when that is done."
+                )
+            connection.commit()
             try:
                 yield connection
+                connection.commit()
             finally:
-                self._unlock(connection)
-
-    def _lock(self, connection: Connection) -> None:
-        if self._name == "postgresql":
-            connection.execute(sa.select(sa.func.pg_advisory_lock(_LOCK_NUMBER)))
-        elif connection.scalar(sa.select(sa.func.get_lock(_LOCK_NAME, _LOCK_WAIT_S))) != 1:
-            raise LogUnavailableError(
-                f"Somebody has been creating or upgrading the tables of {self._shown_url} for "
-                f"more than {_LOCK_WAIT_S} s; try again when that is done."
-            )
-        connection.commit()
-
-    def _unlock(self, connection: Connection) -> None:
-        if connection.in_transaction():
-            connection.rollback()
-        if self._name == "postgresql":
-            connection.execute(sa.select(sa.func.pg_advisory_unlock(_LOCK_NUMBER)))
-        else:
-            connection.execute(sa.select(sa.func.release_lock(_LOCK_NAME)))
-        connection.commit()
+                connection.rollback()
+                connection.execute(sa.select(sa.func.release_lock(_LOCK_NAME)))
+                connection.commit()
 
     def open_at_once(self, session: Session, session_id: str) -> bool:
         """``prepare`` and ``open_mark`` in one message, where tables and version are right.
@@ -228,7 +229,7 @@ class Schema:
             if self._dialect.fault(error) is Fault.DENIED or not create:
                 return self._without_mark()
         try:
-            with self._locked() as connection, connection.begin():
+            with self._locked() as connection:
                 t.sessions.create(connection, checkfirst=True)
         except sa.exc.DBAPIError as error:
             if error.orig is None or self._dialect.fault(error.orig) is not Fault.DENIED:
@@ -295,11 +296,7 @@ class Schema:
                     self._migrate(connection)
             else:
                 with self._locked() as connection:
-                    if self._name == "postgresql":
-                        with connection.begin():
-                            self._migrate(connection)
-                    else:
-                        self._migrate(connection)
+                    self._migrate(connection)
 
     def _migrate(self, connection: Connection) -> None:
         config = Config(attributes={"connection": connection})
@@ -308,8 +305,6 @@ class Schema:
         # Optuna's history has no step for tables that it added later: it creates what is missing.
         t.metadata.create_all(connection)
         self._write_version_info(connection)
-        if self._name == "mysql":
-            connection.commit()
 
 
 def _version_of(known: Any) -> str:
