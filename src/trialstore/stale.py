@@ -1,6 +1,7 @@
 """Trials whose worker is dead: found by its lease, failed once, and retried together with that.
 
-The failing and the retry are one conditional append, the retry first. Where a crash can tear a
+The failing and the retry are one conditional append, the retry first; many trials are so many
+appends, since nothing connects them. Where a crash can tear a
 batch, on a journal file, what may be left is a retry without its failing: the trial is still found
 RUNNING and without a living worker, and the next look, which sees that its retry is there, only
 fails it. A failing without its retry can't be left, except where no retry can be made at all.
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 import itertools
 import logging
 import math
-from typing import Any
+from typing import Any, Final
 
 from optuna.trial import FrozenTrial
 
@@ -29,6 +30,10 @@ _logger = logging.getLogger("trialstore")
 _BEFORE_ANY_BEAT_S = -1e6
 
 _HEARD_WITHIN_S = (5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+
+_TRIALS_AT_ONCE: Final = 256
+"""When a whole cluster has died: what a server's mark and a packet to it have room for, and others
+need not wait until all are done."""
 
 Retry = Callable[[FrozenTrial], dict[str, Any] | None]
 """The fields of the ``CreateTrial`` that queues a trial again; None where it is not to be. What it
@@ -110,9 +115,16 @@ def fail(
         Ids of the trials that were failed by this call.
     """
     expired = frozenset(_expired(exchanger, study_id, stale, grace_period_s))
-    stale = {trial_id: owner for trial_id, owner in stale.items() if trial_id in expired}
-    if not stale:
-        return []
+    owners = iter([(trial_id, owner) for trial_id, owner in stale.items() if trial_id in expired])
+    failed: list[int] = []
+    while part := dict(itertools.islice(owners, _TRIALS_AT_ONCE)):
+        failed += _fail_part(exchanger, study_id, part, retry)
+    return failed
+
+
+def _fail_part(
+    exchanger: Exchanger, study_id: int, stale: Mapping[int, str], retry: Retry | None
+) -> list[int]:
     wanted = Wanted(trials=frozenset(stale))
     reasons: dict[int, Exception] = {}  # why a trial gets no retry
     if isinstance(exchanger.log, ConditionalLog):

@@ -28,7 +28,7 @@ from servers import new_database
 from trialstore import records as r
 from trialstore.errors import OutcomeUnknownError
 from trialstore.log import NOTHING, Wanted
-from trialstore.logs.relational import TablesLog, reading, tables as t
+from trialstore.logs.relational import TablesLog, reading, statements, tables as t
 from trialstore.records import Outcome, Verdict
 from trialstore.testing.clock import ManualClock
 
@@ -926,3 +926,66 @@ def test_a_relative_path_stays_where_it_was(
     assert _n_trials(there / "x y.db") == 1
     assert not list(run.iterdir())
     assert one.log.url == url and str(there) not in repr(one.log)
+
+
+def _insert_running(url: str, study_id: int, count: int) -> None:
+    running = {"study_id": study_id, "state": "RUNNING", "datetime_start": START}
+    with sa.create_engine(url, poolclass=sa.NullPool).begin() as direct:
+        direct.execute(sa.insert(t.trials), [{**running, "number": n} for n in range(count)])
+
+
+def test_more_running_trials_than_a_statement_takes(
+    shared_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Model(shared_url)
+    studies = [one.study(), one.study("other")]
+    count = statements.IDS_MAX + 1
+    monkeypatch.setattr(reading, "TRIALS_MAX", 3 * count)
+    for study_id in studies:
+        _insert_running(shared_url, study_id, count)
+    one.do(waiting_of=set(studies))
+    one.do(waiting_of=set(studies))
+    assert not one.trials
+    one.do(trials_of=set(studies))
+    assert len(one.trials) == 2 * count
+    ids = sorted(one.trials)
+    requeued = r.SetTrialStateValues(worker_id="w", trial_id=ids[-1], state=r.WAITING, values=None)
+    other = Model(shared_url)
+    assert verdicts(other.do(tell(ids[0], 1.0), requeued)) == ["ACCEPTED", "ACCEPTED"]
+    one.do(waiting_of=set(studies))
+    assert one.trials[ids[-1]].state == r.WAITING
+    one.do(finished_of=set(studies))
+    assert one.trials[ids[0]].state == r.COMPLETE
+    one.do(trials_of=set(studies))
+    assert sum(x.state == r.RUNNING for x in one.trials.values()) == 2 * count - 2
+
+
+def test_more_than_a_statement_takes_in_one_exchange(
+    shared_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statements, "IDS_MAX", 4)
+    monkeypatch.setattr(statements, "_SIZES", (0, 1, 4))
+    one = Model(shared_url)
+    studies = [one.study(name) for name in "abcdef"]
+    ids = [one.trial(study_id) for study_id in studies for _ in range(2)]
+    told = one.do(*[tell(trial_id, 1.0) for trial_id in ids], trials=set(ids))
+    assert verdicts(told) == ["ACCEPTED"] * len(ids)
+    assert all(one.trials[trial_id].state == r.COMPLETE for trial_id in ids)
+    other = Model(shared_url)
+    other.do(studies=set(studies), names=set("abcdefg"))
+    assert sorted(other.studies) == studies
+    for study_id in studies[:2]:
+        one.do(r.DeleteStudy(worker_id="w", study_id=study_id))
+    other.do(trials_of=set(studies))
+    assert sorted(other.studies) == studies[2:]
+    assert sorted(other.trials) == ids[4:]
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_the_mark_has_room_for_the_facts_of_thousands(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    _insert_running(url, study_id, 5_000)
+    ids = sorted(x.trial_id for x in one.read(study_id))
+    assert verdicts(one.do(*[tell(trial_id, 1.0) for trial_id in ids])) == ["ACCEPTED"] * len(ids)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pytest
 import sqlalchemy as sa
 
 from servers import new_database, proxied
-from trialstore import records as r
-from trialstore.logs.relational import TablesLog
+from trialstore import RDBStorage, RetryHeartbeatStaleTrialCallback, records as r
+from trialstore.logs.relational import TablesLog, tables as t
 from trialstore.testing.follower import Follower
 
 DRIVERS = [
     pytest.param(kind, marks=pytest.mark.servers) for kind in ("psycopg", "psycopg2", "pymysql")
 ]
+_LONG_AGO = datetime(2024, 1, 1)
 _EARLIER = {
     "sqlite": "datetime(heartbeat, '-100 seconds')",
     "psycopg": "heartbeat - interval '100 seconds'",
@@ -155,3 +158,26 @@ def test_a_beat_uses_up_no_row_ids(tmp_path: Path) -> None:
         sequence = sa.text("SELECT last_value FROM trial_heartbeats_trial_heartbeat_id_seq")
         assert connection.execute(sequence).scalar() == 3
     log.close()
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("kind", ["sqlite", *DRIVERS])
+def test_many_stale_trials_are_failed_in_parts(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    retry = RetryHeartbeatStaleTrialCallback()
+    storage = RDBStorage(url, heartbeat_interval=60, heartbeat_stale_trial_callback=retry)
+    study_id = storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], "s")
+    count = 600
+    running = {"study_id": study_id, "state": "RUNNING", "datetime_start": _LONG_AGO}
+    with sa.create_engine(url, poolclass=sa.NullPool).begin() as direct:
+        direct.execute(sa.insert(t.trials), [{**running, "number": n} for n in range(count)])
+        ids = direct.execute(sa.select(t.trials.c.trial_id)).scalars()
+        beats = [{"trial_id": trial_id, "heartbeat": _LONG_AGO} for trial_id in ids]
+        direct.execute(sa.insert(t.trial_heartbeats), beats)
+    connection = cast(TablesLog, storage.log).connection
+    before = connection.durable_commits
+    assert len(storage.fail_stale_trials()) == count
+    assert connection.durable_commits - before == 3
+    states = collections.Counter(x.state.name for x in storage.get_all_trials(study_id))
+    assert states == {"FAIL": count, "WAITING": count}
+    storage.close()

@@ -535,8 +535,7 @@ class Exchange:
         if d.name == "sqlite":
             return []  # BEGIN IMMEDIATE holds everything.
         for name, ids in ((s.lock_studies, studies), (s.lock_trials, trials)):
-            if ids:
-                steps.append(self._lock(name, sorted(ids)).unread())
+            steps += [self._lock(name, some).unread() for some in s.chunks(sorted(ids))]
         return steps
 
     def _lock(self, statement: Callable[..., Any], ids: Sequence[int]) -> Step:
@@ -612,12 +611,14 @@ class Exchange:
         followed = self._concerned() if d.ids_reused else []
         if not followed:
             return
-        args: dict[str, Any] = {}
-        studies = {study_id: self.before[study_id] for study_id in followed}
-        trials = sorted(x.probe.trial_id for x in studies.values() if x.probe is not None)
-        shape = (s.pad("study", followed, args), s.pad("trial", trials, args))
-        rows = session.run([d.step(s.incarnations, *shape, **args)])[0]
-        same = {row[0] for row in rows if studies[row[0]].is_still(*row[1:])}
+        same: set[int] = set()
+        for some in s.chunks(followed):
+            args: dict[str, Any] = {}
+            studies = {study_id: self.before[study_id] for study_id in some}
+            trials = sorted(x.probe.trial_id for x in studies.values() if x.probe is not None)
+            shape = (s.pad("study", some, args), s.pad("trial", trials, args))
+            rows = session.run([d.step(s.incarnations, *shape, **args)])[0]
+            same |= {row[0] for row in rows if studies[row[0]].is_still(*row[1:])}
         self.gone = set(followed) - same
 
     def _concerned(self) -> list[int]:
@@ -645,14 +646,30 @@ def _text_length(steps: Sequence[Step]) -> int:
 
 
 def _segments(records: list[Operation]) -> list[list[Operation]]:
-    """Runs of operations that can be judged by facts read once; a deletion changes them."""
+    """Runs of operations that can be judged by facts read once: a deletion changes them, and one
+    statement asks for no more than so many trials, studies or names."""
     runs: list[list[Operation]] = [[]]
+    about: set[int | str] = set()
     for record in records:
         if isinstance(record, r.DeleteStudy):
             runs += [[record], []]
-        else:
-            runs[-1].append(record)
+            about.clear()
+            continue
+        about.add(_subject(record))
+        if len(about) > s.IDS_MAX:
+            runs.append([])
+            about = {_subject(record)}
+        runs[-1].append(record)
     return [run for run in runs if run]
+
+
+def _subject(record: Any) -> int | str:
+    """The trial, study or study's name that an operation is about."""
+    for name in ("trial_id", "study_id", "study_name"):
+        found: int | str | None = getattr(record, name, None)
+        if found is not None:
+            return found
+    raise TypeError(f"{record!r} is about nothing.")
 
 
 def _facts_step(

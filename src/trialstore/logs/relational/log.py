@@ -349,7 +349,7 @@ class TablesLog:
         """Statements on the beats of trials, in one message."""
         d = self._dialect
         steps = []
-        for ids in _chunks(sorted(trial_ids)):
+        for ids in s.chunks(sorted(trial_ids)):
             args: dict[str, Any] = {}
             n = s.pad("id", ids, args)
             steps += [d.step(statement, n, **args) for statement in statements]
@@ -386,7 +386,3 @@ class TablesLog:
 
 def _times(raw: Iterable[str | None]) -> list[str]:
     return [time for one in raw if (time := record_time(one)) is not None]
-
-
-def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
-    return [ids[i : i + s.IDS_MAX] for i in range(0, len(ids), s.IDS_MAX)]

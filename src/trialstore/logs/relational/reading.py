@@ -9,6 +9,8 @@ there were none), it plans once more; that is rare, and each plan is one message
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+import itertools
 from typing import Any, Final
 
 import msgspec
@@ -106,7 +108,7 @@ class Reading:
         self._starts: dict[int, str] = {}  # of images, where ids are used again
         self._takes: list[Any] = []
         self._asked: set[int] = set()
-        self._watched: list[tuple[int, Rows]] = []
+        self._watched: dict[int, Rows] = {}
         self._queued: set[int] = set()
         """Studies that turn out to have WAITING trials, which are still to be read."""
         # Of queues of which only the next are wanted: where they were looked over, and the rest.
@@ -204,7 +206,9 @@ class Reading:
             # It may have belonged to any study that the replica holds.
             doubtful |= set(self._after)
         # No greatest id: without its trials.
-        doubtful |= {one for one, rows in self._watched if (None, None) in map(tuple, rows)}
+        doubtful |= {
+            one for one, rows in self._watched.items() if (None, None) in map(tuple, rows)
+        }
         ask = (unknown | (doubtful & set(self._after))) - self._asked
         self._plan_studies(steps, ask, frozenset(), False)
         return steps
@@ -218,23 +222,30 @@ class Reading:
     ) -> None:
         if not (ids or names or everything):
             return
-        args: dict[str, Any] = {}
-        shape = (0, 0, True)
-        if not everything:
-            listed = sorted(ids)[: s.IDS_MAX]
-            shape = (s.pad("study", listed, args), s.pad("name", sorted(names), args), False)
         self._asked |= ids
-        step = self._dialect.step(s.studies_selected, *shape, **args)
-        self._add(
-            steps, step, lambda rows: self._take_studies(rows, set(ids), set(names), everything)
-        )
+        if everything:
+            step = self._dialect.step(s.studies_selected, 0, 0, True)
+            self._add(steps, step, lambda rows: self._take_studies(rows, set(ids), names, True))
+            return
+        for listed, called in itertools.zip_longest(
+            s.chunks(sorted(ids)), s.chunks(sorted(names)), fillvalue=()
+        ):
+            args: dict[str, Any] = {}
+            shape = (s.pad("study", listed, args), s.pad("name", called, args), False)
+            step = self._dialect.step(s.studies_selected, *shape, **args)
+            take = partial(
+                self._take_studies, ids=set(listed), names=set(called), everything=False
+            )
+            self._add(steps, step, take)
 
     def _plan_watch(self, steps: list[Step], study_id: int) -> None:
         known = self._after.get(study_id)
-        args: dict[str, Any] = {"study_id": study_id, "seen": known.seen_id if known else 0}
-        held = s.pad("held", known.held, args) if known else 0
-        step = self._dialect.step(s.watch, held, **args)
-        self._add(steps, step, lambda rows: self._take_watch(rows, study_id))
+        seen_id, held = (known.seen_id, known.held) if known else (0, ())
+        # Each looks at what is new as well, so that its greatest id is of its own moment.
+        for some in s.chunks(held) or [()]:
+            args: dict[str, Any] = {"study_id": study_id, "seen": seen_id}
+            step = self._dialect.step(s.watch, s.pad("held", some, args), **args)
+            self._add(steps, step, lambda rows: self._take_watch(rows, study_id))
 
     def _plan_trials(self, steps: list[Step]) -> None:
         w = self._wanted
@@ -282,21 +293,34 @@ class Reading:
         for i, (study_id, (low, count)) in enumerate(sorted(created.items())):
             args[f"created_study_{i}"], args[f"created_known_{i}"] = study_id, low
             args[f"created_count_{i}"] = count
+        ids_at_once = self._plan_beyond(steps, "id", ids)
+        turned_at_once = self._plan_beyond(steps, "turned", turned)
+        ended_at_once = self._plan_beyond(steps, "ended", ended)
         shape = s.Selection(
-            ids=s.pad("id", sorted(ids), args),
+            ids=s.pad("id", ids_at_once, args),
             above=len(above),
             bounded=self._splits and bool(above),
             within=s.pad_ranges("within", within, args),
             left=s.pad_ranges("left", left, args),
             queued=len(queued),
-            turned=s.pad("turned", sorted(turned), args),
-            ended=s.pad("ended", sorted(ended), args),
+            turned=s.pad("turned", turned_at_once, args),
+            ended=s.pad("ended", ended_at_once, args),
             numbers=len(numbers),
             created=len(created),
         )
         if any(shape):
             step = self._dialect.step(s.trials_selected, shape, **args)
             self._add(steps, step, self._take_trials)
+
+    def _plan_beyond(self, steps: list[Step], name: str, ids: set[int]) -> Sequence[int]:
+        """As many ids as fit a statement; of the others, one for each part."""
+        first, *others = s.chunks(sorted(ids)) or [()]
+        for some in others:
+            args: dict[str, Any] = {}
+            size: dict[str, Any] = {"ids" if name == "id" else name: s.pad(name, some, args)}
+            step = self._dialect.step(s.trials_selected, s.Selection(**size), **args)
+            self._add(steps, step, self._take_trials)
+        return first
 
     def _plan_queued(self, steps: list[Step]) -> None:
         args: dict[str, Any] = {}
@@ -305,7 +329,7 @@ class Reading:
             known = self._after[study_id]
             args[f"queued_study_{i}"], args[f"queued_{i}"] = study_id, known.seen_id
             turned |= set(known.held)
-        n_turned = s.pad("turned", sorted(turned), args)
+        n_turned = s.pad("turned", self._plan_beyond(steps, "turned", turned), args)
         shape = s.Selection(queued=len(self._queued), turned=n_turned)
         self._add(steps, self._dialect.step(s.trials_selected, shape, **args), self._take_trials)
 
@@ -347,7 +371,7 @@ class Reading:
             take(rows)
         first = 2 if self._queued else 1
         if self._round == first:
-            self._move_marks(dict(self._watched))
+            self._move_marks(self._watched)
         elif self._round > first and self._looked:
             self._move_marks({}, self._looked)
 
@@ -365,7 +389,7 @@ class Reading:
         )
 
     def _take_watch(self, rows: Rows, study_id: int) -> None:
-        self._watched.append((study_id, rows))
+        self._watched.setdefault(study_id, []).extend(rows)
         if self._is_quiet(study_id) and any(row[1] == "WAITING" for row in rows):
             self._queued.add(study_id)
 
@@ -375,7 +399,9 @@ class Reading:
             if self._dialect.ids_reused:
                 self._starts[row.image.trial_id] = row.start
 
-    def _take_studies(self, rows: Rows, ids: set[int], names: set[str], everything: bool) -> None:
+    def _take_studies(
+        self, rows: Rows, ids: set[int], names: set[str] | frozenset[str], everything: bool
+    ) -> None:
         found = self._decoder.studies(rows)
         for study_id, followed in list(self._after.items()):
             asked = everything or study_id in ids or followed.name in names

@@ -22,8 +22,10 @@ from trialstore.logs.relational.dialects import Dialect, IdOf
 
 Item = TypeVar("Item")
 
-_SIZES: Final = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384)
+_SIZES: Final = (0, 1, 4, 16, 64, 256, 1024, 4096, 8192)
 IDS_MAX: Final = _SIZES[-1]
+"""Of one kind in a statement, of which there are three at most with so many: SQLite takes 32,766
+parameters, PostgreSQL 65,535."""
 _IDS_REPEATED_MAX: Final = 16
 """So many ids are said to each table anew, which spares the database a table of them."""
 
@@ -52,6 +54,11 @@ _UNFINISHED: Final = ("RUNNING", "WAITING")
 def padded(n: int) -> int:
     """The next size for which statements are compiled."""
     return _SIZES[bisect_left(_SIZES, n)]
+
+
+def chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """Runs of items of which each fits a statement; none of none."""
+    return [items[i : i + IDS_MAX] for i in range(0, len(items), IDS_MAX)]
 
 
 def pad(name: str, items: Sequence[Item], args: dict[str, Any]) -> int:

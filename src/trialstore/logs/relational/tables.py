@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 
 HEAD_VERSION: Final = "v3.2.0.a"
 SCHEMA_VERSION: Final = 12
@@ -148,13 +149,14 @@ CHILDREN_OF_TRIALS: Final = (
 # Ours. Not in `metadata`, because everything there is compared with what Optuna makes.
 # ``facts`` is what the last exchange found before it wrote, from which every outcome follows;
 # ``number`` the greatest trial number then. Not on SQLite: its COMMIT has no answer to lose.
+# MySQL's TEXT ends at 64 KiB, which the facts of some thousand trials do not fit.
 sessions = sa.Table(
     "trialstore_sessions",
     sa.MetaData(),
     sa.Column("session_id", sa.String(64), primary_key=True),
     sa.Column("seq", sa.BigInteger, nullable=False),
     sa.Column("number", sa.Integer),
-    sa.Column("facts", sa.Text),
+    sa.Column("facts", sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")),
     sa.Column("updated_at", sa.DateTime, nullable=False, server_default=sa.func.now()),
 )
 
