@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 from pathlib import Path
+import re
 from typing import Any
 
 import optuna
@@ -174,13 +175,19 @@ def test_what_plain_optuna_stores_of_a_bad_call_is_read_around(
 _OPTUNAS = [table.name for table in t.metadata.sorted_tables if table is not t.sessions]
 
 
-def _let_in(url: str, rights: str) -> str:
-    """URL for somebody who may do so much with Optuna's tables, and nothing else."""
+def _order_mariadb(*orders: str) -> None:
+    with shared_mariadb()._connect() as connection, connection.cursor() as cursor:
+        for order in orders:
+            cursor.execute(order)
+
+
+def _let_in(url: str, rights: str, tables: Sequence[str] = _OPTUNAS) -> str:
+    """URL for somebody who may do so much with these tables, and nothing else."""
     address = sa.make_url(url)
     name = f"u{address.database}"
     if address.get_backend_name() == "postgresql":
         orders = [f"CREATE ROLE {name} LOGIN", "REVOKE CREATE ON SCHEMA public FROM PUBLIC"]
-        orders += [f"GRANT {rights} ON {', '.join(_OPTUNAS)} TO {name}"]
+        orders += [f"GRANT {rights} ON {', '.join(tables)} TO {name}"]
         orders += [f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {name}"]
         engine = sa.create_engine(url)
         with engine.begin() as connection:
@@ -189,11 +196,9 @@ def _let_in(url: str, rights: str) -> str:
         engine.dispose()
     else:
         orders = [f"CREATE USER {name}@'127.0.0.1' IDENTIFIED BY 's3cret'"]
-        on = [f"{address.database}.{table}" for table in _OPTUNAS]
+        on = [f"{address.database}.{table}" for table in tables]
         orders += [f"GRANT {rights} ON {table} TO {name}@'127.0.0.1'" for table in on]
-        with shared_mariadb()._connect() as connection, connection.cursor() as cursor:
-            for order in orders:
-                cursor.execute(order)
+        _order_mariadb(*orders)
     return address.set(username=name).render_as_string(hide_password=False)
 
 
@@ -222,3 +227,48 @@ def test_who_may_only_read_reads(url: str, has_table: bool) -> None:
         with pytest.raises(StorageInternalError, match="denied"):
             mine.ask()
         assert len(mine.trials) == 3
+
+
+_READ_ONLY = {
+    "psycopg": {"options": "-c default_transaction_read_only=on"},
+    "psycopg2": {"options": "-c default_transaction_read_only=on"},
+    "pymysql": {"init_command": "SET SESSION tx_read_only = 1"},
+}
+
+
+def _reads_and_is_refused(ours: RDBStorage, expected: optuna.Study) -> None:
+    mine = optuna.load_study(study_name="s", storage=ours)
+    assert mine.best_value == expected.best_value
+    assert len(mine.trials) == ours.get_n_trials(mine._study_id) == 3
+    with pytest.raises(StorageInternalError, match=re.compile("read.?only", re.IGNORECASE)):
+        mine.ask()
+    assert len(mine.trials) == 3
+
+
+@pytest.mark.parametrize("has_table", [False, True], ids=["absent", "there"])
+def test_a_read_only_session_reads(url: str, has_table: bool) -> None:
+    study = optuna.create_study(storage=optuna.storages.RDBStorage(url), study_name="s")
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=3)
+    if has_table:
+        RDBStorage(url).close()
+    options = {"connect_args": _READ_ONLY[sa.make_url(url).get_driver_name()]}
+    with contextlib.closing(RDBStorage(url, engine_kwargs=options)) as ours:
+        _reads_and_is_refused(ours, study)
+
+
+@pytest.mark.parametrize("has_table", [False, True], ids=["absent", "there"])
+def test_a_replica_of_mariadb_reads(tmp_path: Path, has_table: bool) -> None:
+    url = new_database("pymysql", tmp_path)
+    study = optuna.create_study(storage=optuna.storages.RDBStorage(url), study_name="s")
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=3)
+    on = [*_OPTUNAS]
+    if has_table:
+        RDBStorage(url).close()
+        on.append(t.sessions.name)
+    anybody = _let_in(url, "SELECT, INSERT, UPDATE, DELETE", on)
+    _order_mariadb("SET GLOBAL read_only = 1")
+    try:
+        with contextlib.closing(RDBStorage(anybody)) as ours:
+            _reads_and_is_refused(ours, study)
+    finally:
+        _order_mariadb("SET GLOBAL read_only = 0")

@@ -567,7 +567,8 @@ _MYSQL_FAULTS: Final = _code_table(
     (Fault.FENCED, "1048 1365"),
     (Fault.VALUE, "1406 1366 1264 1242 1265 1292 1153 3988"),
     (Fault.NO_TABLE, "1146"),
-    (Fault.DENIED, "1142 1044 1370 1227"),
+    # 1290 1792 1836: a replica, a read-only transaction, a read-only InnoDB.
+    (Fault.DENIED, "1142 1044 1370 1227 1290 1792 1836"),
     (Fault.EXISTS, "1050 1062"),
 )
 

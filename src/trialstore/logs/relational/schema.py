@@ -240,7 +240,7 @@ class Schema:
 
     def _without_mark(self) -> bool:
         _logger.warning(
-            "There is no table %s in %s and it may not be created: if the connection breaks "
+            "The table %s of %s may not be created or not be written: if the connection breaks "
             "during a COMMIT, the outcome of that call can't be told.",
             t.sessions.name,
             self._shown_url,
