@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import logging
@@ -116,6 +116,19 @@ def _start_ours(storage: Any) -> int:
     _running.append(stop)
     port: int = server.port
     return port
+
+
+@contextlib.contextmanager
+def serving(storage: Any, **options: Any) -> Iterator[ProxyServer]:
+    """A server in this very process, for a test that has to hold the storage or the server."""
+    options = {"security": Security(), **options}
+    with trialstore_grpc._shared(storage, 3) as share:
+        server = ProxyServer(share, storage, host="localhost", port=0, **options)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.drain(0)
 
 
 _helpers: dict[int, Connection] = {}

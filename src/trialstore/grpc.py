@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import logging
 import os
-import pickle
 from typing import Any
 import uuid
 import weakref
@@ -123,12 +122,11 @@ def _shared(storage: BaseStorage, max_connections: int) -> Any:
     exchanger = storage._exchanger
     with _alone(exchanger):
         saver = exchanger._saver
-        copyable = not getattr(getattr(log, "connection", None), "is_shared", False)
         share = share_of(
             log,
             exchanger._cursor,
-            lambda: pickle.loads(pickle.dumps(log)),
-            n_copies_max=max_connections if copyable else 1,
+            None,
+            n_copies_max=max_connections,
             # What clients write goes past the exchanger, which would have saved snapshots.
             **({} if saver is None else {"note": saver.note}),
         )

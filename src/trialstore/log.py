@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+import pickle
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -139,6 +140,28 @@ class Log(Protocol):
     def close(self) -> None:
         """Release connections and files; a later exchange opens them again."""
         ...
+
+
+@runtime_checkable
+class Copyable(Protocol):
+    """A log that makes other handles on its store itself, also where it can't be pickled."""
+
+    def copier(self) -> Callable[[], Log]:
+        """What makes another handle, for another thread. Raises ValueError if there can be one
+        only."""
+        ...
+
+
+def copier(log: Log) -> Callable[[], Log]:
+    """What makes other handles on a log's store, in this process.
+
+    Raises:
+        Exception: There can be one only, or the log would have to be pickled and can't.
+    """
+    if isinstance(log, Copyable):
+        return log.copier()
+    pickled = pickle.dumps(log)
+    return lambda: cast(Log, pickle.loads(pickled))
 
 
 @runtime_checkable

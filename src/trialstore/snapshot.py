@@ -21,15 +21,14 @@ import gc
 import itertools
 import json
 import logging
-import pickle
 import threading
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, cast
 import zlib
 
 import msgspec
 
 from trialstore.errors import SnapshotRefusedError
-from trialstore.log import NOTHING, START, Compacted, Cursor, Log, Marks, SnapshotStore
+from trialstore.log import NOTHING, START, Compacted, Cursor, Log, Marks, SnapshotStore, copier
 from trialstore.records import PutParam, PutPositions, PutStudy, PutTrial, Record
 from trialstore.replica import Replica, Still
 
@@ -352,7 +351,7 @@ class Saver:
 
     def _save(self, take_still: _TakeStill) -> None:
         try:
-            log: _SnapshotLog = pickle.loads(pickle.dumps(self._log))
+            log = cast(_SnapshotLog, copier(self._log)())
             try:
                 log.save_snapshot(lambda: self._make(log, take_still))
             finally:

@@ -24,7 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
-from grpc_servers import KillableServer, open_grpc, serve, served_url
+from grpc_servers import KillableServer, open_grpc, serve, served_url, serving
 from servers import free_port
 import trialstore
 from trialstore import grpc as trialstore_grpc
@@ -426,20 +426,6 @@ def _end(call: Any) -> grpc.StatusCode:
     return code
 
 
-@contextlib.contextmanager
-def _proxy_server(storage: Any, **options: Any) -> Iterator[ProxyServer]:
-    security = Security(token=options.pop("token", None))
-    with trialstore_grpc._shared(storage, 3) as share:
-        server = ProxyServer(
-            share, storage, host="localhost", port=0, security=security, **options
-        )
-        server.start()
-        try:
-            yield server
-        finally:
-            server.drain(0)
-
-
 def _storage_of_more_than_a_window(folder: Path) -> Storage:
     """What does not get through to a client that takes nothing."""
     storage = trialstore.get_storage(f"sqlite:///{folder}/a.db")
@@ -452,7 +438,7 @@ def _storage_of_more_than_a_window(folder: Path) -> Storage:
 @pytest.mark.parametrize("kind", ["reflection", "watch", "read", _CHECK])
 def test_what_is_left_open_keeps_nobody_from_an_exchange(kind: str, tmp_path: Path) -> None:
     with (
-        _proxy_server(_storage_of_more_than_a_window(tmp_path)) as server,
+        serving(_storage_of_more_than_a_window(tmp_path)) as server,
         _Open(server.port) as clients,
     ):
         left_open = [clients.call(kind) for _ in range(THREADS_MAX + STREAMS_MAX)]
@@ -468,7 +454,7 @@ def test_what_is_left_open_keeps_nobody_from_an_exchange(kind: str, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["reflection", _CHECK])
 def test_what_sends_nothing_is_ended(kind: str) -> None:
     with (
-        _proxy_server(trialstore.InMemoryStorage(), standstill_s=0.1) as server,
+        serving(trialstore.InMemoryStorage(), standstill_s=0.1) as server,
         _Open(server.port) as clients,
     ):
         for _ in range(STREAMS_MAX + 1):
@@ -477,7 +463,7 @@ def test_what_sends_nothing_is_ended(kind: str) -> None:
 
 def test_what_takes_nothing_makes_way_for_others(tmp_path: Path) -> None:
     storage = _storage_of_more_than_a_window(tmp_path)
-    with _proxy_server(storage, standstill_s=1.0) as server, _Open(server.port) as clients:
+    with serving(storage, standstill_s=1.0) as server, _Open(server.port) as clients:
         left_open = [clients.call("read") for _ in range(2 * STREAMS_MAX)]
         _wait_for_ends(left_open, STREAMS_MAX)
         with contextlib.closing(GrpcLog("localhost", server.port)) as log:
@@ -486,7 +472,7 @@ def test_what_takes_nothing_makes_way_for_others(tmp_path: Path) -> None:
 
 def test_a_server_ends_although_calls_are_left_open(tmp_path: Path) -> None:
     with (
-        _proxy_server(_storage_of_more_than_a_window(tmp_path)) as server,
+        serving(_storage_of_more_than_a_window(tmp_path)) as server,
         _Open(server.port) as clients,
     ):
         sending = [clients.call("reflection"), clients.call(_CHECK)]
@@ -498,7 +484,7 @@ def test_a_server_ends_although_calls_are_left_open(tmp_path: Path) -> None:
 
 def test_what_shows_no_token_is_not_waited_for(tmp_path: Path) -> None:
     storage = trialstore.InMemoryStorage()
-    with _proxy_server(storage, token="t") as server, _Open(server.port) as clients:
+    with serving(storage, security=Security(token="t")) as server, _Open(server.port) as clients:
         for kind in (_EXCHANGE, "read", "reflection"):
             assert _end(clients.call(kind)) == grpc.StatusCode.UNAUTHENTICATED
 
@@ -516,7 +502,7 @@ class _Announced(ManualClock):
 
 
 def test_who_opens_while_too_many_do_comes_back(tmp_path: Path) -> None:
-    with _proxy_server(_storage_of_more_than_a_window(tmp_path)) as server:
+    with serving(_storage_of_more_than_a_window(tmp_path)) as server:
         has_paused = threading.Event()
         log = GrpcLog("localhost", server.port, clock=_Announced(has_paused))
         with _Open(server.port) as clients:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
+import logging
 from typing import Any
 
 from trialstore.log import (
@@ -23,6 +24,7 @@ from trialstore.log import (
     Log,
     SnapshotStore,
     Wanted,
+    copier,
 )
 from trialstore.logs.grpc.judged import JudgedShare
 from trialstore.logs.grpc.payload import pack_cursor, unpack_cursor
@@ -30,11 +32,13 @@ from trialstore.logs.grpc.sequential import Note, SequentialShare, ignore
 from trialstore.logs.grpc.share import Request, Share, unpacked
 from trialstore.records import AnyOperation
 
+_logger = logging.getLogger(__name__)
+
 
 def share_of(
     log: Log,
     cursor: Cursor,
-    copy_log: Callable[[], Log],
+    copy_log: Callable[[], Log] | None,
     *,
     n_copies_max: int,
     note: Note = ignore,
@@ -44,13 +48,23 @@ def share_of(
     Args:
         log: From now on used by the share alone.
         cursor: A position near the end.
-        copy_log: Makes another handle on the same log.
+        copy_log: Makes another handle on the same log; None leaves that to the log, and if it
+            can't, clients take turns.
         n_copies_max: So many handles at most, the first included.
         note: Told of so many new records of a journal, for whoever saves snapshots of it.
     """
     batch = log.exchange((), cursor, NOTHING)
     if batch.outcomes is None:
         return SequentialShare(log, pack_cursor(batch.cursor), note)
+    if copy_log is None:
+        try:
+            # Asked now, and not when a second client comes.
+            copy_log = copier(log)
+        except Exception as error:
+            _logger.warning(
+                "Clients take turns at %r, which can't be opened twice: %s", log, error
+            )
+            copy_log, n_copies_max = lambda: log, 1
     return JudgedShare(log, copy_log, n_copies_max=n_copies_max)
 
 

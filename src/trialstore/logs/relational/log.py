@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+import copy
+import functools
 import math
 from typing import Any, Final
 
@@ -126,6 +128,12 @@ class TablesLog:
         if not self.connection.in_memory:
             return None
         return "\n".join(self.connection.session().raw.iterdump())
+
+    def copier(self) -> Callable[[], TablesLog]:
+        """See ``Copyable``: an engine may be made with what no pickle holds, such as a creator."""
+        if self.connection.is_shared:
+            raise ValueError("It may be in reach of one connection only.")
+        return functools.partial(copy.copy, self)
 
     # --- the log ---
 
