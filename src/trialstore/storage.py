@@ -24,6 +24,7 @@ import functools
 import logging
 import math
 from typing import Any, TypeVar, cast
+import unicodedata
 import uuid
 import warnings
 
@@ -464,9 +465,27 @@ class Storage(BaseStorage, BaseHeartbeat):
         record = r.CreateStudy(study_name=name, directions=codes, **self._exchanger.marks())
         outcome = self._write(record)
         if outcome.verdict is not Verdict.ACCEPTED:
+            self._refuse_another_spelling(name)
             raise self._refusal(record, outcome)
         _logger.info("A new study was created with the name %s.", name)
         return outcome.id
+
+    def _refuse_another_spelling(self, name: str) -> None:
+        """A log may hold names equal that are not; who goes on to load the study finds none.
+
+        Raises:
+            ValueError: There is a study of another name.
+        """
+        try:
+            self.get_study_id_from_name(name)
+        except KeyError:
+            names = [study.study_name for study in self.get_all_studies()]
+            alike = [one for one in names if _alike(one, name)]
+            raise ValueError(
+                f"A study can't be called {name!r} here: the log holds it equal to the name of "
+                f"another study{''.join(f', {one!r}' for one in alike)}. Use that one, or a name "
+                "that differs by more than case, accents or spaces at the end."
+            ) from None
 
     def delete_study(self, study_id: int) -> None:
         self._write_study(r.DeleteStudy(study_id=study_id, **self._exchanger.marks()))
@@ -1075,3 +1094,13 @@ def _finished_of(study_id: int) -> Wanted:
 @functools.lru_cache
 def _trials_of(study_id: int) -> Wanted:
     return Wanted(trials_of=frozenset((study_id,)))
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether names differ by no more than case, accents and spaces at the end."""
+
+    def bare(name: str) -> str:
+        letters = unicodedata.normalize("NFKD", name.casefold().rstrip())
+        return "".join(x for x in letters if not unicodedata.combining(x))
+
+    return bare(one) == bare(other)

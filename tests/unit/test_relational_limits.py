@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
+import sqlalchemy as sa
 
 from backends import Backend, params
+from servers import new_database
+from trialstore import records as r
+from trialstore.logs.grpc.client import _is_unusual
 from trialstore.rdb import RDBStorage
 
 
@@ -64,3 +69,80 @@ def test_an_id_of_numpy_is_that_integer(storage: RDBStorage, study_id: int) -> N
     assert storage.get_n_trials(np.int64(study_id)) == 1  # type: ignore[arg-type]
     (trial,) = storage.get_all_trials(np.int64(study_id))  # type: ignore[arg-type]
     assert storage.get_trial(np.int32(trial_id)).value == trial.value == 1.0  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def on_mariadb(tmp_path: Path) -> Iterator[RDBStorage]:
+    with contextlib.closing(RDBStorage(new_database("pymysql", tmp_path))) as opened:
+        yield opened
+
+
+_LONG = {"letters": "x" * 70_000, "escapes": "\u6f22" * 15_000, "numbers": [1.5] * 20_000}
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("value", _LONG.values(), ids=_LONG)
+def test_a_long_attribute_is_refused_by_the_call_that_has_it(
+    on_mariadb: RDBStorage, value: Any
+) -> None:
+    study = optuna.create_study(storage=on_mariadb)
+
+    def objective(trial: optuna.Trial) -> float:
+        with pytest.raises(ValueError, match=f"Trial {trial._trial_id}: attribute 'big'.*65535"):
+            trial.set_user_attr("big", value)
+        with pytest.raises(ValueError, match="attribute 'big'"):
+            study.set_user_attr("big", value)
+        with pytest.raises(ValueError, match="attribute 'big'"):
+            study.enqueue_trial({}, {"big": value})
+        return 1.0
+
+    study.optimize(objective, n_trials=1)
+    assert study.best_value == 1.0
+
+
+@pytest.mark.servers
+def test_a_column_that_was_made_longer_takes_more(on_mariadb: RDBStorage) -> None:
+    with on_mariadb.engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE trial_user_attributes MODIFY value_json LONGTEXT"))
+    study = optuna.create_study(storage=on_mariadb)
+    trial = study.ask()
+    trial.set_user_attr("big", _LONG["letters"])
+    study.tell(trial, 1.0)
+    assert study.trials[0].user_attrs == {"big": _LONG["letters"]}
+
+
+@pytest.mark.parametrize("value", _LONG.values(), ids=_LONG)
+def test_a_server_is_asked_about_a_long_attribute(value: Any) -> None:
+    assert _is_unusual(r.SetTrialUserAttr(worker_id="w", trial_id=1, user_attr={"b": value}))
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("name", ["lr", "LR "])
+def test_a_study_that_the_collation_holds_equal_is_refused_by_name(
+    on_mariadb: RDBStorage, name: str
+) -> None:
+    optuna.create_study(storage=on_mariadb, study_name="LR")
+    for load_if_exists in (False, True):
+        with pytest.raises(ValueError, match=f"{name!r}.*'LR'"):
+            optuna.create_study(storage=on_mariadb, study_name=name, load_if_exists=load_if_exists)
+
+
+@pytest.mark.servers
+def test_a_name_that_the_character_set_lacks(tmp_path: Path) -> None:
+    url = new_database("pymysql", tmp_path)
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"ALTER DATABASE {engine.url.database} CHARACTER SET latin1"))
+    with contextlib.closing(RDBStorage(url)) as storage:
+        study = optuna.create_study(storage=storage, study_name="ok")
+        trial = study.ask()
+        for load_if_exists in (False, True):
+            with pytest.raises(ValueError, match="'\u6f22'"):
+                optuna.create_study(
+                    storage=storage, study_name="\u6f22", load_if_exists=load_if_exists
+                )
+        with pytest.raises(ValueError, match="'\u6f22'"):
+            trial.suggest_float("\u6f22", 0, 1)
+        with pytest.raises(ValueError, match="'\u6f22'"):
+            study.set_user_attr("\u6f22", 1)
+        study.tell(trial, 1.0)

@@ -70,6 +70,8 @@ class Dialect:
     where the database does not tell."""
     integer_max = 2**31 - 1
     nul_in_text = True
+    text_bytes_sure: int | None = None
+    """So many bytes fit every column of text; None where they have no end."""
     whole_seconds = False
     """Whether a heartbeat is kept in whole seconds, rounded down."""
     session_type: type[Session] = Session
@@ -208,6 +210,10 @@ class Dialect:
         if STORES_UTC and len(text) == 32 and text.endswith("+00:00"):
             return f"{text[:10]} {text[11:26]}"
         return column_time(text)
+
+    def text_bytes_max(self, table: sa.Table) -> int:
+        """What a column of text in a table holds, where there is an end to it."""
+        raise NotImplementedError
 
     # --- connections ---
 
@@ -565,11 +571,17 @@ _MYSQL_FAULTS: Final = _code_table(
     (Fault.AGAIN, "1213 1205 1020 1451 1452"),
     (Fault.LOST, "0 2006 2013 2014 2003 2002 1053 1927 4031 1040 1152 1158 1159 1160 1161 1184"),
     (Fault.FENCED, "1048 1365"),
-    (Fault.VALUE, "1406 1366 1264 1242 1265 1292 1153 3988"),
+    (Fault.VALUE, "1406 1366 1264 1242 1265 1267 1292 1153 3988"),
     (Fault.NO_TABLE, "1146"),
     # 1290 1792 1836: a replica, a read-only transaction, a read-only InnoDB.
     (Fault.DENIED, "1142 1044 1370 1227 1290 1792 1836"),
     (Fault.EXISTS, "1050 1062"),
+)
+
+
+_TEXT_COLUMNS: Final = (
+    "SELECT table_name, MIN(character_octet_length) FROM information_schema.columns "
+    "WHERE table_schema = DATABASE() AND data_type LIKE '%text' GROUP BY table_name"
 )
 
 
@@ -598,7 +610,25 @@ class MySQL(Dialect):
     session_type = MultiStatementSession
     # Set later it costs two round trips.
     session_arguments: Mapping[str, Any] = {"autocommit": True}
+    text_bytes_sure = 65_535
     whole_seconds = True
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._engine = engine
+        self._text_bytes: dict[str, int] | None = None
+
+    def text_bytes_max(self, table: sa.Table) -> int:
+        # Administrators make columns longer. Asked on a connection of its own, because the
+        # session's is in use by another thread perhaps, and only once there is such a value.
+        if self._text_bytes is None:
+            try:
+                with self._engine.connect() as connection:
+                    rows = connection.execute(sa.text(_TEXT_COLUMNS))
+                    self._text_bytes = {name: int(length) for name, length in rows}
+            except sa.exc.DBAPIError:
+                return 2**32 - 1  # the exchange will tell
+        return self._text_bytes.get(table.name, self.text_bytes_sure)
 
     def since_beat_s(self, column: Any) -> Any:
         return sa.func.timestampdiff(sa.text("SECOND"), column, self.beat_time())

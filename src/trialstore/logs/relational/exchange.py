@@ -27,7 +27,8 @@ Source: docs/formats/tables.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+import contextlib
 import itertools
 from typing import Any, Final
 
@@ -470,13 +471,15 @@ class Exchange:
         studies = {*touched.numbered, *[study_id for study_id, _ in judged]}
         steps += self._locks(studies, set(touched.trials))
         steps.append(_facts_step(d, s.read_facts, touched, {}))
-        facts = Facts(session.run(steps)[-1][0][0])
+        with self._naming(touched.names):
+            facts = Facts(session.run(steps)[-1][0][0])
         for trial_id in touched.trials:
             if any(self.before[study_id].holds(trial_id) for study_id in self.gone):
                 # Whatever bears this id now, it is not what the operation was meant for.
                 facts.trials.pop(trial_id, None)
         for pair in judged:
-            row = session.run([d.step(s.first_param, study_id=pair[0], name=pair[1])])[0]
+            with self._naming([pair[1]]):
+                row = session.run([d.step(s.first_param, study_id=pair[0], name=pair[1])])[0]
             facts.first_params[pair] = row[0][0] if row else None
         judged_now = [facts.judge(record) for record in records]
         accepted = [x for x, told in zip(records, judged_now, strict=True) if told is r.ACCEPTED]
@@ -493,6 +496,21 @@ class Exchange:
             return [self._write_one(session, run[0])]
         session.run([writes_together(self.dialect, run)])
         return [r.ACCEPTED] * len(run)
+
+    @contextlib.contextmanager
+    def _naming(self, names: Sequence[str]) -> Iterator[None]:
+        """Say of names that they are what a column can't hold."""
+        try:
+            yield
+        except Exception as error:
+            if self.connection.fault(error) is Fault.VALUE:
+                told = ", ".join(repr(name[:40]) for name in names)
+                cause = self.connection.clean(error)
+                raise ValueError(
+                    f"No column holds the name {told} ({cause}); nothing was stored. Use another "
+                    "one, or tables of another character set."
+                ) from error
+            raise
 
     def _write_named(self, session: Session, record: Operation) -> Outcome:
         try:

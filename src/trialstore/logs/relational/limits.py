@@ -8,13 +8,17 @@ import operator
 from typing import Any, Final
 
 import msgspec
+import sqlalchemy as sa
 
 from trialstore import records as r
 from trialstore.log import Wanted
 from trialstore.logs.relational import tables as t
 from trialstore.logs.relational.dialects import Dialect
-from trialstore.logs.relational.writing import template_values
+from trialstore.logs.relational.writing import dumps, template_values
 from trialstore.records import Operation
+
+_LETTER_BYTES_MAX: Final = 12
+"""Of a letter as JSON has it, of those beyond the 65,536 most common ones."""
 
 
 def check_values(d: Dialect, records: Sequence[Operation]) -> None:
@@ -29,12 +33,17 @@ def check_values(d: Dialect, records: Sequence[Operation]) -> None:
             _check_text(d, record.study_name, "the study name", where)
         elif isinstance(record, r.SetTrialParam):
             _check_param(d, record.param_name, record.param_value_internal, where)
+            _check_choices(d, record.param_name, record.distribution, where)
         elif isinstance(record, r.SetTrialIntermediateValue):
             _check_integer(d, record.step, "the step", where)
-        elif isinstance(record, r.SetTrialUserAttr | r.SetStudyUserAttr):
-            _check_keys(d, record.user_attr, where)
-        elif isinstance(record, r.SetTrialSystemAttr | r.SetStudySystemAttr):
-            _check_keys(d, record.system_attr, where)
+        elif isinstance(record, r.SetTrialUserAttr):
+            _check_attrs(d, t.trial_user_attributes, record.user_attr, where)
+        elif isinstance(record, r.SetStudyUserAttr):
+            _check_attrs(d, t.study_user_attributes, record.user_attr, where)
+        elif isinstance(record, r.SetTrialSystemAttr):
+            _check_attrs(d, t.trial_system_attributes, record.system_attr, where)
+        elif isinstance(record, r.SetStudySystemAttr):
+            _check_attrs(d, t.study_system_attributes, record.system_attr, where)
         elif isinstance(record, r.SetTrialStateValues):
             _check_objectives(record.values or (), where)
         elif isinstance(record, r.CreateTrial):
@@ -42,8 +51,10 @@ def check_values(d: Dialect, records: Sequence[Operation]) -> None:
                 _check_param(d, name, value, where)
             for step in record.intermediate_values:
                 _check_integer(d, int(step), "the step", where)
-            _check_keys(d, record.user_attrs, where)
-            _check_keys(d, record.system_attrs, where)
+            for name, distribution in record.distributions.items():
+                _check_choices(d, name, distribution, where)
+            _check_attrs(d, t.trial_user_attributes, record.user_attrs, where)
+            _check_attrs(d, t.trial_system_attributes, record.system_attrs, where)
             _check_objectives(template_values(record), where)
 
 
@@ -119,9 +130,33 @@ def _check_text(d: Dialect, text: str, what: str, where: str) -> None:
         ) from None
 
 
-def _check_keys(d: Dialect, attrs: dict[str, Any], where: str) -> None:
-    for key in attrs:
+def _check_attrs(d: Dialect, table: sa.Table, attrs: dict[str, Any], where: str) -> None:
+    for key, value in attrs.items():
         _check_text(d, key, "the attribute's key", where)
+        if d.text_bytes_sure is not None and _may_be_long(value, d.text_bytes_sure):
+            _check_length(d, table, dumps(value), f"attribute {key[:40]!r}", where)
+
+
+def _may_be_long(value: Any, n_bytes: int) -> bool:
+    """Whether the JSON of a value may be so long, by a look that costs nothing."""
+    if isinstance(value, str):
+        return len(value) * _LETTER_BYTES_MAX + 2 > n_bytes
+    return not isinstance(value, float | bool | None)
+
+
+def _check_choices(d: Dialect, name: str, distribution: str, where: str) -> None:
+    _check_length(d, t.trial_params, distribution, f"the distribution of {name[:40]!r}", where)
+
+
+def _check_length(d: Dialect, table: sa.Table, text: str, what: str, where: str) -> None:
+    if d.text_bytes_sure is None or len(text) <= d.text_bytes_sure:
+        return
+    holds = d.text_bytes_max(table)
+    if len(text) > holds:
+        raise ValueError(
+            f"{where}: {what} is {len(text)} bytes long, its column in {table.name} holds "
+            f"{holds}; keep a file elsewhere and its name here, or make the column a LONGTEXT."
+        )
 
 
 def _check_param(d: Dialect, name: str, value: float, where: str) -> None:

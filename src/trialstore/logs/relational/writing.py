@@ -24,7 +24,8 @@ def number_and_type(value: float) -> tuple[float | None, str]:
     return None, "INF_POS" if value > 0 else "INF_NEG"
 
 
-def _dumps(value: Any) -> str:
+def dumps(value: Any) -> str:
+    """What a column holds of an attribute."""
     return json.dumps(value)
 
 
@@ -52,7 +53,7 @@ def _param(name: str, value: float, distribution: str) -> _Field:
 
 
 def _attr(statement: Callable[..., Any], key: str, value: Any) -> _Field:
-    return _Field(statement, key, {"key": key, "value": _dumps(value)})
+    return _Field(statement, key, {"key": key, "value": dumps(value)})
 
 
 def _intermediate(step: int, value: float) -> _Field:
@@ -138,7 +139,7 @@ def writes(
         of_study = s.set_study_user_attr if is_user else s.set_study_system_attr
         attrs = record.user_attr if isinstance(record, r.SetStudyUserAttr) else record.system_attr
         return [
-            d.step(of_study, study_id=record.study_id, key=key, value=_dumps(value))
+            d.step(of_study, study_id=record.study_id, key=key, value=dumps(value))
             for key, value in attrs.items()
         ]
     if isinstance(record, r.CreateStudy):
