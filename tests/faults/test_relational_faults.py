@@ -32,7 +32,7 @@ from trialstore.log import NOTHING, Wanted
 from trialstore.logs.relational import TablesLog, exchange
 from trialstore.logs.relational.session import Rows, Session, Step, plain
 from trialstore.rdb import RDBStorage
-from trialstore.testing.suites.base import run_threads
+from trialstore.testing.suites.base import run_threads, wait_until
 
 DRIVERS = [
     pytest.param(kind, marks=pytest.mark.servers) for kind in ("psycopg", "psycopg2", "pymysql")
@@ -508,6 +508,58 @@ def test_an_empty_database_is_opened_by_many_through_a_pooler(kind: str, tmp_pat
 def _open_and_close(url: str) -> None:
     with contextlib.closing(TablesLog(url)) as log:
         log.exchange([], None, Wanted(catalogue=True))
+
+
+@pytest.mark.parametrize("default", ["repeatable read", "serializable"])
+@pytest.mark.parametrize("kind", DRIVERS[:2])
+@pytest.mark.parametrize("how", ["message", "stepwise", "load"])
+def test_no_number_is_given_twice_whatever_isolation_is_the_default(
+    kind: str, default: str, how: str, tmp_path: Path
+) -> None:
+    """Somebody else's trial is committed while ours waits for the lock of the study."""
+    url = new_database(kind, tmp_path)
+    setting = f"default_transaction_isolation TO '{default}'"
+    name = sa.make_url(url).database
+    with sa.create_engine(url, isolation_level="AUTOCOMMIT").connect() as theirs:
+        theirs.exec_driver_sql(f"ALTER DATABASE {name} SET {setting}")
+    one = Model(url)
+    study_id = one.study()
+    new = r.CreateTrial(
+        worker_id="w", study_id=study_id, datetime_start=time(1), datetime_complete=time(2)
+    )
+
+    def create() -> None:
+        if how == "load":
+            with pytest.raises(ValueError, match="Somebody else writes"):
+                one.log.load_trials([new], 0, 0)
+            return
+        pair = {"params": {(study_id, "x")}} if how == "stepwise" else {}
+        assert verdicts(one.do(new, **pair)) == ["ACCEPTED"]
+
+    with sa.create_engine(url).connect() as theirs:
+        theirs.exec_driver_sql("SELECT 1 FROM studies FOR UPDATE")
+        theirs.exec_driver_sql(
+            "INSERT INTO trials (number, study_id, state) "
+            f"SELECT n, {study_id}, 'WAITING' FROM generate_series(0, 1) AS n"
+        )
+
+        def commit() -> None:
+            wait_until(lambda: _n_waiting(url) == 1, "ours waits for the lock")
+            theirs.commit()
+
+        run_threads(create, commit)
+    numbers = [x.number for x in Model(url).read(study_id)]
+    assert numbers == ([0, 1] if how == "load" else [0, 1, 2])
+
+
+def _n_waiting(url: str) -> int:
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    waiting = (
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    with engine.connect() as connection:
+        return int(connection.exec_driver_sql(waiting).scalar_one())
 
 
 def _work(url: str, study_id: int, n: int, answers: Any) -> None:

@@ -989,3 +989,53 @@ def test_the_mark_has_room_for_the_facts_of_thousands(kind: str, tmp_path: Path)
     _insert_running(url, study_id, 5_000)
     ids = sorted(x.trial_id for x in one.read(study_id))
     assert verdicts(one.do(*[tell(trial_id, 1.0) for trial_id in ids])) == ["ACCEPTED"] * len(ids)
+
+
+@pytest.mark.parametrize("kind", SERVERS[:2])
+@pytest.mark.parametrize("style", ["German, DMY", "SQL, MDY", "Postgres, YMD"])
+def test_times_are_the_same_however_a_session_shows_them(
+    url: str, style: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with sa.create_engine(url, isolation_level="AUTOCOMMIT").connect() as theirs:
+        name = sa.make_url(url).database
+        theirs.exec_driver_sql(f"ALTER DATABASE {name} SET datestyle TO '{style}'")
+    one = Model(url)
+    study_id = one.study()
+    trial_id = one.trial(study_id)
+    one.do(tell(trial_id, 1.0))
+    two = Model(url)
+    # As a pooler lends it, whatever the driver has set at first.
+    raw = two.log.connection.session().raw
+    raw.cursor().execute(f"SET datestyle TO '{style}'")
+    (trial,) = two.read(study_id)
+    assert (trial.datetime_start, trial.datetime_complete) == (time(0), time(9))
+    summary = two.log.summaries()[study_id]
+    assert (summary.datetime_start, summary.datetime_complete) == (time(0), time(9))
+    overview = two.log.overview(study_id, False)
+    assert (overview.first_at, overview.last_at) == (time(0), time(9))
+    two.log.renew_lease("w", [two.trial(study_id)])
+    assert two.log.facts()["heartbeats"]["newest_at"] > time(0)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sqlite", *SERVERS[:2]])
+def test_a_time_that_cannot_be_read_is_left_out_with_one_warning(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = Model(url)
+    study_id = one.study()
+    trial_id = one.trial(study_id)
+    one.do(tell(trial_id, 1.0))
+    with one.log.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trials SET datetime_start = 'infinity'")
+    two = Model(url)
+    (trial,) = two.read(study_id)
+    assert (trial.datetime_start, trial.datetime_complete) == (None, time(9))
+    for _ in range(2):
+        assert two.log.summaries()[study_id].datetime_complete == time(9)
+        assert two.log.overview(study_id, False).first_at is None
+    warnings = [one.getMessage() for one in caplog.records]
+    assert warnings == [
+        f"Study {study_id}, trial {trial_id}: a time can't be read and is left out.",
+        f"Study {study_id}: a time can't be read and is left out.",
+    ]

@@ -127,6 +127,10 @@ class Dialect:
     def as_text(self, column: Any) -> Any:
         return sa.cast(column, sa.Text)
 
+    def time_as_text(self, column: Any) -> Any:
+        """As ``record_time`` reads it."""
+        return self.as_text(column)
+
     def as_float(self, column: Any) -> Any:
         return column
 
@@ -435,6 +439,9 @@ class PostgreSQL(Dialect):
     name = "postgresql"
     paramstyle = "numeric_dollar"
     nul_in_text = False
+    # Whatever the server, the database or the user begins with otherwise: by the snapshot of a
+    # whole transaction, which is older than the locks, two trials get one number.
+    begin_write = plain("BEGIN ISOLATION LEVEL READ COMMITTED")
 
     def text_arg(self, value: Any) -> Any:
         return sa.cast(value, sa.Text)
@@ -450,6 +457,12 @@ class PostgreSQL(Dialect):
 
     def enum_arg(self, value: Any, of: sa.Enum) -> Any:
         return sa.cast(value, of)
+
+    def time_as_text(self, column: Any) -> Any:
+        # The same in every session, where a cast goes by its DateStyle. Of an infinite time there
+        # is no such text.
+        form: Any = sa.literal_column("'YYYY-MM-DD HH24:MI:SS.US'")
+        return sa.func.coalesce(sa.func.to_char(column, form), self.as_text(column))
 
     def as_float(self, column: Any) -> Any:
         return sa.cast(column, sa.Float(53))

@@ -177,8 +177,8 @@ class Decoder:
             number=number,
             state=state,
             values=image_values,
-            datetime_start=self._time(start, study_id, trial_id),
-            datetime_complete=self._time(complete, study_id, trial_id),
+            datetime_start=self.time(start, study_id, trial_id),
+            datetime_complete=self.time(complete, study_id, trial_id),
             params=image_params,
             distributions=distributions,
             user_attrs=self._attributes(users, study_id, trial_id, "user") if users else {},
@@ -192,7 +192,8 @@ class Decoder:
     def _readable(self, text: Any) -> tuple[str, int] | None:
         return self._distribution(text) if isinstance(text, str) else None
 
-    def _time(self, raw: str | None, study_id: int, trial_id: int) -> str | None:
+    def time(self, raw: str | None, study_id: int, trial_id: int | None = None) -> str | None:
+        """The time of a trial, or one among those of a study."""
         try:
             return record_time(raw)
         except (ValueError, TypeError):

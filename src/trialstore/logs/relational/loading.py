@@ -53,6 +53,9 @@ def load_trials(
     study_id = records[0].study_id
     last = number + len(records) - 1
     newest = sa.select(sa.func.max(c.number)).where(c.study_id == study_id, c.trial_id > above)
+    if d.name == "postgresql":
+        # Not a snapshot that is older than the lock.
+        engine = engine.execution_options(isolation_level="READ COMMITTED")
     with engine.begin() as connection:
         if d.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")

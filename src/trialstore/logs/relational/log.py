@@ -222,12 +222,16 @@ class TablesLog:
         return {
             one: Summary(
                 {t.STATES.index(state): n for state, n, *_ in rows if state in t.STATES},
-                min(_times(row[2] for row in rows), default=None),
-                max(_times(row[3] for row in rows), default=None),
+                min(self._times(one, (row[2] for row in rows)), default=None),
+                max(self._times(one, (row[3] for row in rows)), default=None),
                 best_of.get(one),
             )
             for one, rows in rows_of.items()
         }
+
+    def _times(self, study_id: int, raw: Iterable[str | None]) -> list[str]:
+        times = (self.connection.decoder.time(one, study_id) for one in raw)
+        return [time for time in times if time is not None]
 
     # --- pieces of operations, for callers of older methods ---
 
@@ -268,7 +272,9 @@ class TablesLog:
         if best_id is not None:
             news = self.exchange((), START, Wanted(trials=frozenset((best_id,)))).news
             best = next((x for x in news if isinstance(x, PutTrial)), None)
-        return Overview(self.counts(study_id) or {}, best, record_time(first), record_time(last))
+        time = self.connection.decoder.time
+        counts = self.counts(study_id) or {}
+        return Overview(counts, best, time(first, study_id), time(last, study_id))
 
     def facts(self) -> dict[str, Any]:
         """See ``Described``."""
@@ -390,7 +396,3 @@ class TablesLog:
         self.connection.persistently(self.connection.schema.upgrade)
         # What this connection has prepared is of the old tables.
         self.connection.disconnect()
-
-
-def _times(raw: Iterable[str | None]) -> list[str]:
-    return [time for one in raw if (time := record_time(one)) is not None]

@@ -224,7 +224,7 @@ def read_mark_and_created(d: Dialect) -> Any:
         c.number <= m.number + _p("count"),
     )
     return (
-        _select(m.seq, m.facts, m.number, c.trial_id, c.number, d.as_text(c.datetime_start))
+        _select(m.seq, m.facts, m.number, c.trial_id, c.number, d.time_as_text(c.datetime_start))
         .select_from(t.sessions.outerjoin(t.trials, made))
         .where(m.session_id == _p("session"))
     )
@@ -699,10 +699,10 @@ def trials_selected(d: Dialect, n: Selection) -> Any:
             kind(TRIAL),
             c.trial_id,
             c.number.label("row_id"),
-            d.as_text(c.datetime_start).label("a"),
+            d.time_as_text(c.datetime_start).label("a"),
             d.as_float(c.study_id).label("b"),
             d.as_text(c.state).label("c"),
-            d.as_text(c.datetime_complete).label("d"),
+            d.time_as_text(c.datetime_complete).label("d"),
         )
     ]
     p = t.trial_params.c
@@ -874,14 +874,17 @@ def best_trial(d: Dialect, maximize: bool) -> Any:
 def times(d: Dialect) -> Any:
     """The first start and the last completion in a study."""
     c = t.trials.c
-    ends = (d.as_text(sa.func.min(c.datetime_start)), d.as_text(sa.func.max(c.datetime_complete)))
+    ends = (
+        d.time_as_text(sa.func.min(c.datetime_start)),
+        d.time_as_text(sa.func.max(c.datetime_complete)),
+    )
     return _select(*ends).where(c.study_id == _p("study_id"))
 
 
 def beats(d: Dialect) -> Any:
     """How many trials have ever beaten, and the newest beat."""
     c = t.trial_heartbeats.c
-    return _select(sa.func.count(), d.as_text(sa.func.max(c.heartbeat)))
+    return _select(sa.func.count(), d.time_as_text(sa.func.max(c.heartbeat)))
 
 
 def best_trials(d: Dialect, of_one: bool) -> Any:
@@ -914,8 +917,8 @@ def best_trials(d: Dialect, of_one: bool) -> Any:
 def summaries(d: Dialect, of_one: bool) -> Any:
     """Rows (study id, state, how many, first start, last completion) of a study, or of all."""
     c = t.trials.c
-    start = d.as_text(sa.func.min(c.datetime_start))
-    end = d.as_text(sa.func.max(c.datetime_complete))
+    start = d.time_as_text(sa.func.min(c.datetime_start))
+    end = d.time_as_text(sa.func.max(c.datetime_complete))
     query = _select(c.study_id, d.as_text(c.state), sa.func.count(), start, end)
     if of_one:
         query = query.where(c.study_id == _p("study_id"))
