@@ -268,6 +268,17 @@ class Connection:
             LogUnavailableError: With the driver's error as its cause.
         """
         deadline_s = self.retry_deadline_s if deadline_s is None else deadline_s
+        try:
+            return self._until_it_answers(attempt, deadline_s)
+        except Exception:
+            raise
+        except BaseException:
+            # An interrupt, of a rollback too: a transaction, its locks or a message must not
+            # outlive it.
+            self.disconnect()
+            raise
+
+    def _until_it_answers(self, attempt: Callable[[], _Answer], deadline_s: float) -> _Answer:
         give_up_at = self._clock.now_s() + deadline_s
         backoff_s = _BACKOFF_FIRST_S
         while True:
@@ -287,10 +298,6 @@ class Connection:
                     raise
                 if self._clock.now_s() + backoff_s > give_up_at:
                     raise self.unavailable(driver_error) from driver_error
-            except BaseException:
-                # An interrupt: a transaction, its locks or a message must not outlive it.
-                self.disconnect()
-                raise
             # Jitter, or those who collided meet again.
             self._clock.sleep(backoff_s * (0.5 + random.random()))
             backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
