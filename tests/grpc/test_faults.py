@@ -25,6 +25,7 @@ from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnkno
 from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
 from trialstore.logs.file import FileLog
 from trialstore.logs.grpc import (
+    client,
     judged as judged_share,
     payload,
     sequential as sequential_share,
@@ -192,6 +193,90 @@ def test_a_write_that_is_given_up_is_applied_once_when_it_is_sent_again(tmp_path
         assert len(open_grpc(port).get_all_trials(outcome)) == 1, kind
 
 
+_LARGE = "x" * (9 << 20)
+"""More than an answer holds; the rest is read."""
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_records_that_are_stored_are_not_called_not_stored_if_the_news_are_lost(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with KillableServer(served_url(kind, tmp_path)) as server:
+        other = open_grpc(server.port)
+        study_id = other.create_new_study([StudyDirection.MINIMIZE], "s")
+        log = GrpcLog("localhost", server.port, retry_deadline_s=5.0)
+        first = log.exchange([], START, Wanted(studies=frozenset((study_id,))))
+        other.set_study_user_attr(study_id, "k", _LARGE)
+        wanted = Wanted(trials_of=frozenset((study_id,)))
+
+        def killed_before(*args: Any) -> Any:
+            server.kill()
+            return GrpcLog._stream(log, *args)
+
+        monkeypatch.setattr(log, "_stream", killed_before)
+        create = _create(1, study_id)
+        with pytest.raises(OutcomeUnknownError, match="are stored"):
+            log.exchange([create], first.cursor, wanted)
+        monkeypatch.undo()
+        server.start()
+        assert len(open_grpc(server.port).get_all_trials(study_id)) == 1
+        # Who makes the same call with the same marks again gets what came of it.
+        log.exchange([create], first.cursor, wanted)
+        assert len(open_grpc(server.port).get_all_trials(study_id)) == 1
+        log.close()
+        other.close()
+
+
+def test_what_was_refused_is_called_not_stored_if_the_news_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with KillableServer(served_url("sqlite", tmp_path)) as server:
+        other = open_grpc(server.port)
+        study_id = other.create_new_study([StudyDirection.MINIMIZE], "s")
+        log = GrpcLog("localhost", server.port, retry_deadline_s=5.0)
+        wanted = Wanted(trials_of=frozenset((study_id,)))
+        first = log.exchange([], START, wanted)
+
+        def decide(news: Any, cursor: Cursor) -> Any:
+            other.set_study_user_attr(study_id, "k", _LARGE)  # somebody comes between
+            return [_create(1, study_id)]
+
+        def killed_before(*args: Any) -> Any:
+            server.kill()
+            return GrpcLog._stream(log, *args)
+
+        monkeypatch.setattr(log, "_stream", killed_before)
+        with pytest.raises(LogUnavailableError, match="nothing was stored"):
+            log.exchange_if(decide, first.cursor, wanted)
+        server.start()
+        assert open_grpc(server.port).get_all_trials(study_id) == []
+        log.close()
+        other.close()
+
+
+def test_of_a_batch_that_goes_in_parts_the_first_is_not_called_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_REQUEST_BYTES_MAX", 1_000)
+    with KillableServer(served_url("sqlite", tmp_path)) as server:
+        study_id = open_grpc(server.port).create_new_study([StudyDirection.MINIMIZE], "s")
+        log = GrpcLog("localhost", server.port, retry_deadline_s=5.0)
+        send = log._send
+
+        def then_killed(*args: Any) -> Any:
+            reply = send(*args)
+            server.kill()
+            return reply
+
+        monkeypatch.setattr(log, "_send", then_killed)
+        trials = [_create(seq, study_id, user_attrs={"k": "x" * 600}) for seq in (1, 2)]
+        with pytest.raises(OutcomeUnknownError, match=r"are stored \(1\)"):
+            log.exchange(trials, START, NOTHING)
+        server.start()
+        assert len(open_grpc(server.port).get_all_trials(study_id)) == 1
+        log.close()
+
+
 # --- servers that are killed ---------------------------------------------------------------------
 
 
@@ -297,8 +382,9 @@ def test_contents_that_died_with_their_server_are_told_of() -> None:
 # --- what the server does with a record that comes twice -----------------------------------------
 
 
-def _create(seq: int, study_id: int = 0) -> r.CreateTrial:
-    return r.CreateTrial(worker_id="w", seq=seq, study_id=study_id, datetime_start=r.now_text())
+def _create(seq: int, study_id: int = 0, **fields: Any) -> r.CreateTrial:
+    start = r.now_text()
+    return r.CreateTrial(worker_id="w", seq=seq, study_id=study_id, datetime_start=start, **fields)
 
 
 class PositionLog:

@@ -13,7 +13,7 @@ Source: docs/formats/grpc.md; gRPC core's ``GRPC_ENABLE_FORK_SUPPORT``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import logging
 import os
@@ -28,7 +28,7 @@ import grpc
 import msgspec
 
 from trialstore.clock import CLOCK, Clock
-from trialstore.errors import LogUnavailableError
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START, Base, Batch, Cursor, Decide, Wanted
 from trialstore.logs.grpc import payload, status
 from trialstore.logs.grpc.foreign import StorageLog
@@ -229,7 +229,8 @@ class GrpcLog:
         Raises:
             ValueError: The server's log can't hold a value, or a record is too large to send.
             LogUnavailableError: No answer within the deadline; nothing was stored.
-            OutcomeUnknownError: No answer within the deadline; records may have been stored.
+            OutcomeUnknownError: No answer within the deadline; records may have been stored, or
+                have been and what else is new was not sent.
         """
         if self._foreign is None:
             try:
@@ -260,10 +261,27 @@ class GrpcLog:
         if reply.more:
             request.records = b""
             request.wanted = payload.pack_wanted(wanted | _owed(records, outcomes or ()))
-            rest = self._read(request)
+            stored = () if reply.refused else records
+            with self._having_stored(stored):
+                rest = self._read(request)
             return Batch(outcomes, rest.news, rest.cursor)
         news = [record for part in reply.news for record in payload.unpack_records(part)]
         return Batch(outcomes, news, reply.cursor or START)
+
+    @contextlib.contextmanager
+    def _having_stored(self, records: Sequence[AnyOperation]) -> Iterator[None]:
+        """What fails in here does not say that nothing was stored."""
+        try:
+            yield
+        except BaseException as error:
+            self._unsettled |= {(record.worker_id, record.seq) for record in records}
+            if not records or not isinstance(error, LogUnavailableError):
+                raise
+            raise OutcomeUnknownError(
+                f"{self!r}: records of the call are stored ({len(records)}), but then no answer "
+                "came. Read the study to see them; made again, the call would store them a second "
+                "time."
+            ) from error
 
     def _request(
         self, packed: bytes, records: list[AnyOperation], cursor: Cursor, wanted: Wanted
@@ -319,7 +337,8 @@ class GrpcLog:
             )
         half = len(records) // 2
         first = self._exchange(records[:half], cursor, wanted)
-        second = self._exchange(records[half:], first.cursor, wanted)
+        with self._having_stored(records[:half]):
+            second = self._exchange(records[half:], first.cursor, wanted)
         outcomes = None
         if first.outcomes is not None and second.outcomes is not None:
             outcomes = [*first.outcomes, *second.outcomes]
