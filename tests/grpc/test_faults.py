@@ -277,6 +277,36 @@ def test_of_a_batch_that_goes_in_parts_the_first_is_not_called_not_stored(
         log.close()
 
 
+# --- what a server is asked before it is put off -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "is_asked"),
+    [
+        ("x" * 20_000, False),
+        ("x" * 65_000, True),
+        ("字" * 15_000, True),  # 45,000 bytes in UTF-8, 90,000 in a column
+        ("é" * 12_000, True),
+        ("🎈" * 6_000, True),
+        ("字" * 6_000, False),
+    ],
+)
+def test_a_value_that_a_column_may_not_hold_is_asked_about(
+    text: str, is_asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = GrpcLog("localhost", serve(served_url("sqlite", tmp_path)))
+    asked: list[str] = []
+
+    def noted(name: str, *args: Any) -> Any:
+        asked.append(name)
+        return GrpcLog._unary(log, name, *args)
+
+    monkeypatch.setattr(log, "_unary", noted)
+    log.check([r.SetTrialUserAttr(worker_id="w", seq=1, trial_id=1, user_attr={"k": text})])
+    assert asked == ["Check"] * is_asked
+    log.close()
+
+
 # --- servers that are killed ---------------------------------------------------------------------
 
 
