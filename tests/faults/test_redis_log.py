@@ -73,6 +73,9 @@ class _LossyDoor:
     def settings(self) -> Any:
         return self._inner.settings()
 
+    def value_bytes_max(self) -> Any:
+        return self._rule(self._inner.value_bytes_max)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -760,6 +761,68 @@ def test_memory_that_runs_out_leaves_nothing_of_a_batch() -> None:
         else:
             pytest.fail("the memory did not run out")
         assert len(RedisLog(server.url).exchange([], START, NOTHING).news) == 2 * number
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def narrow() -> Iterator[OptionsServer]:
+    """A server that takes values of 1 MiB at most."""
+    find_binary("redis-server")
+    server = OptionsServer("--proto-max-bulk-len", "1mb")
+    yield server
+    server.remove()
+
+
+# The server hangs up in both cases; of the longer one the client can't even send all before.
+@pytest.mark.parametrize("n_bytes", [2 << 20, 20 << 20])
+def test_a_record_that_is_longer_than_the_server_takes_is_refused(
+    narrow: OptionsServer, n_bytes: int
+) -> None:
+    clock = ManualClock()
+    log = RedisLog(narrow.url, clock=clock)
+    cursor = log.exchange([_study("a", 0)], START, NOTHING).cursor
+    long = r.SetStudyUserAttr(study_id=0, user_attr={"k": "x" * n_bytes}, worker_id="w", seq=1)
+    with pytest.raises(ValueError, match="proto-max-bulk-len"):
+        log.exchange([long, _study("b", 2)], cursor, NOTHING)
+    with pytest.raises(ValueError, match="1,048,576"):
+        log.append_logs([{"op_code": 2, "worker_id": "o", "user_attr": {"k": "x" * n_bytes}}])
+    with pytest.raises(ValueError, match="proto-max-bulk-len"):
+        log.save_snapshot(lambda: (bytes(n_bytes), cursor))
+    line = len(r.encode_line(long)) - 1
+    short = "x" * (n_bytes - line + (1 << 20))
+    longest = r.SetStudyUserAttr(study_id=0, user_attr={"k": short}, worker_id="w", seq=1)
+    assert len(log.exchange([longest], cursor, NOTHING).news) == 1
+    assert clock.slept_s == 0
+
+
+def test_a_record_that_is_too_long_keeps_no_others_out(narrow: OptionsServer) -> None:
+    storage = trialstore.JournalStorage(RedisLog(narrow.url, clock=ManualClock()), linger_s=60)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "s")
+    lacking, whole = (storage.create_new_trial(study_id) for _ in range(2))
+    storage.set_trial_user_attr(lacking, "long", "x" * (2 << 20))
+    storage.set_trial_user_attr(whole, "short", "x")
+    assert storage.set_trial_state_values(whole, TrialState.COMPLETE, [1.0])
+    storage.create_new_trial(study_id)
+    with pytest.raises(UpdateFinishedTrialError, match="proto-max-bulk-len"):
+        storage.set_trial_user_attr(lacking, "short", "x")
+    with pytest.raises(ValueError, match="proto-max-bulk-len"):
+        storage.set_study_user_attr(study_id, "long", "x" * (2 << 20))
+    storage.close()
+    there = trialstore.JournalStorage(RedisLog(narrow.url)).get_all_trials(study_id)
+    assert [trial.user_attrs for trial in there] == [{}, {"short": "x"}, {}]
+    assert [trial.state for trial in there][1] == TrialState.COMPLETE
+
+
+def test_a_server_that_tells_no_settings_is_asked_to_take_what_most_take() -> None:
+    find_binary("redis-server")
+    server = OptionsServer("--rename-command", "CONFIG", "")
+    try:
+        log = RedisLog(server.url)
+        long = r.SetStudyUserAttr(
+            study_id=0, user_attr={"k": "x" * (2 << 20)}, worker_id="w", seq=1
+        )
+        assert len(log.exchange([_study("a", 0), long], START, NOTHING).news) == 2
     finally:
         server.remove()
 

@@ -185,6 +185,7 @@ class Compactor:
         )
         full = (len(keys), *keys, name, self._keys.records, self._keys.new(""), token, *args)
         with self._connection.mutex:
+            self._connection.check_lengths(arg for arg in args if isinstance(arg, bytes))
             status, number = self._connection.ask(lambda door: run(door, _COMPACT, full))
             return status, number
 

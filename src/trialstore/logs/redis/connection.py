@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import logging
 import random
 import threading
@@ -29,6 +29,8 @@ _T = TypeVar("_T")
 # append-only file, or a failover. And one that was not: a wrong address should be told soon.
 _HEAL_S: Final = 30.0
 _OPEN_S: Final = 5.0
+# No server can be told to refuse a value that is not longer.
+_VALUE_BYTES_SAFE: Final = 1 << 20
 _PAUSE_S: Final = 0.02
 _PAUSE_MAX_S: Final = 1.0
 
@@ -126,6 +128,27 @@ class Connection:
                 # that of the next question.
                 self.hang_up()
                 raise
+
+    def check_lengths(self, values: Iterable[bytes]) -> None:
+        """Look before sending whether the server takes such long values.
+
+        It hangs up on a longer one, most often before the client has read why; and that looks like
+        a server that went away.
+
+        Raises:
+            ValueError: It does not; nothing was sent.
+            LogUnavailableError: As for ``ask``.
+        """
+        longest = max(map(len, values), default=0)
+        if longest <= _VALUE_BYTES_SAFE:
+            return
+        limit = self.ask(lambda door: door.value_bytes_max())
+        if longest > limit:
+            raise ValueError(
+                f"{self.address}: a value of {longest:,} bytes is longer than the server takes "
+                f"({limit:,}). Raise its proto-max-bulk-len, or keep what is large elsewhere, for "
+                "example in Optuna's artifact store."
+            )
 
     def _connect(self) -> Door:
         door = self.open_door()

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from trialstore.logs.redis.driver import driver
+
+# The setting that says how long a value may be, and what it is where nobody has set it.
+_LIMIT: Final = "proto-max-bulk-len"
+_USUAL_VALUE_BYTES_MAX: Final = 512 << 20
 
 
 class Door(Protocol):
@@ -22,6 +26,8 @@ class Door(Protocol):
     def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]: ...
 
     def settings(self) -> list[Settings]: ...
+
+    def value_bytes_max(self) -> int: ...
 
     def close(self) -> None: ...
 
@@ -77,6 +83,13 @@ class Server:
         finally:
             self._pool.disconnect()
 
+    def value_bytes_max(self) -> int:
+        client = driver().Redis(connection_pool=self._pool)
+        try:
+            return _ask_value_bytes_max(client)
+        finally:
+            self._pool.disconnect()
+
     def close(self) -> None:
         self._connection.disconnect()
         self._pool.disconnect()
@@ -104,6 +117,12 @@ class Cluster:
             for node in self._client.get_primaries()
         ]
 
+    def value_bytes_max(self) -> int:
+        return min(
+            _ask_value_bytes_max(self._client.get_redis_connection(node))
+            for node in self._client.get_primaries()
+        )
+
     def close(self) -> None:
         self._client.close()
 
@@ -128,6 +147,13 @@ def _ask_settings(client: Any) -> Settings:
         except driver().ResponseError:
             answers.append({})  # hosted servers refuse CONFIG; what is not known is not warned of
     return Settings(*answers)
+
+
+def _ask_value_bytes_max(client: Any) -> int:
+    try:
+        return int(client.config_get(_LIMIT).get(_LIMIT, _USUAL_VALUE_BYTES_MAX))
+    except driver().ResponseError:
+        return _USUAL_VALUE_BYTES_MAX  # hosted servers refuse CONFIG
 
 
 def risks_of(settings: Settings, durability: str) -> list[str]:

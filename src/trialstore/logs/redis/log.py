@@ -169,6 +169,7 @@ class RedisLog(BaseJournalBackend):
         """See ``Log.exchange``. One round trip but for the first, and for those who lag.
 
         Raises:
+            ValueError: A record is longer than the server takes; nothing was sent.
             LogUnavailableError: The server was not reached in time, or refused; nothing counts.
             OutcomeUnknownError: The records were sent, and the server did not come back to say.
                 Or they were appended behind a record that can't be read; no further ones will be.
@@ -292,7 +293,8 @@ class RedisLog(BaseJournalBackend):
         """Append records, all or none; durable on return.
 
         Raises:
-            LogUnavailableError, OutcomeUnknownError, LogCorruptError: As for ``exchange``.
+            ValueError, LogUnavailableError, OutcomeUnknownError, LogCorruptError: As for
+                ``exchange``.
         """
         if not logs:
             return
@@ -336,6 +338,7 @@ class RedisLog(BaseJournalBackend):
         self._connection.is_uncertain = False
         # Whether the keys are in one slot is known from here on.
         self._connection.ask(lambda door: None)
+        self._connection.check_lengths(lines)
         if self._connection.in_slots:
             if owners:
                 self._leases.renew(owners)
@@ -474,6 +477,7 @@ class RedisLog(BaseJournalBackend):
 
         Raises:
             LogUnavailableError, LogCorruptError: As for ``exchange``, or there is no memory.
+            ValueError: The snapshot is longer than the server takes.
         """
         return self._snapshots.save(make)
 
@@ -493,6 +497,7 @@ class RedisLog(BaseJournalBackend):
 
         Raises:
             LogUnavailableError, LogCorruptError: Nothing was changed.
+            ValueError: A new record is longer than the server takes; likewise.
             CompactionRefusedError: The keys are in several slots of a cluster.
         """
         self._compactor.compact(make)

@@ -49,6 +49,7 @@ class Snapshots:
                 # Another saver that comes between these two lines has a snapshot as good.
                 if not lock.is_held():
                     return False
+                self._connection.check_lengths([value])
                 self._connection.ask(lambda door: door.command("SET", self._keys.snapshot, value))
             return True
         finally:
