@@ -273,6 +273,7 @@ _NEEDED: Final = {
 }
 _KIND_OF_CODE: Final = {kind.__struct_config__.tag: kind for kind in _NEEDED}
 _ON_ONE_FIELD: Final = (SetTrialParam, SetTrialIntermediateValue)
+_NUMBERS: Final = ("value", "param_value_internal", "intermediate_value")
 
 _DURABLE: Final = frozenset(
     {
@@ -467,7 +468,8 @@ def _mended(fields: dict[str, Any]) -> AnyOperation | None:
     try:
         return _converted(mended)
     except msgspec.ValidationError as error:
-        if kind not in _ON_ONE_FIELD:
+        said = [fields.get(name) for name in ("step", *_NUMBERS)]
+        if kind not in _ON_ONE_FIELD or not all(isinstance(x, int | float | None) for x in said):
             return None
         _logger.warning("A record can't be read and is left out (%s): %s.", error, fields)
         return Ignored(worker_id=str(fields["worker_id"]), seq=-1)
@@ -476,7 +478,7 @@ def _mended(fields: dict[str, Any]) -> AnyOperation | None:
 def _mended_field(name: str, value: Any) -> Any:
     if name in ("study_name", "param_name"):
         return value if isinstance(value, str) else str(value)
-    if name in ("value", "param_value_internal", "intermediate_value"):
+    if name in _NUMBERS:
         return float(value) if isinstance(value, bool) else value
     if name == "values" and isinstance(value, list):
         return [float(one) if isinstance(one, bool) else one for one in value]

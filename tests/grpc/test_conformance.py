@@ -123,9 +123,9 @@ def _connect(url: str) -> Any:
     return lambda: psycopg.connect(address)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("psycopg", marks=_servers)])
-def test_an_engine_made_with_a_creator_serves_two_at_once(kind: str, tmp_path: Path) -> None:
-    url = served_url(kind, tmp_path)
+@_servers
+def test_an_engine_made_with_a_creator_serves_two_at_once(tmp_path: Path) -> None:
+    url = served_url("psycopg", tmp_path)
     storage = trialstore.RDBStorage(url, engine_kwargs={"creator": _connect(url)})
     with serving(storage) as server, contextlib.closing(open_grpc(server.port)) as client:
         log: Any = storage._exchanger.log
@@ -157,12 +157,17 @@ class _OneHandle:
         self._tables.close()
 
 
-@pytest.mark.parametrize("kind", ["a log that can't be pickled", "a database in memory"])
+@pytest.mark.parametrize(
+    "kind", ["a log that can't be pickled", "a database in memory", "a file's own creator"]
+)
 def test_clients_of_what_has_one_handle_take_turns(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if kind == "a database in memory":
         storage: Storage = trialstore.RDBStorage("sqlite://")
+    elif kind == "a file's own creator":
+        url = f"sqlite:///{tmp_path}/a.db"
+        storage = trialstore.RDBStorage(url, engine_kwargs={"creator": _connect(url)})
     else:
         storage = Storage(_OneHandle(f"sqlite:///{tmp_path}/a.db"))
     failed: list[BaseException] = []
