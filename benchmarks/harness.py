@@ -319,6 +319,8 @@ class Report:
         self._as_json = arguments.json
         self._title = title
         self._rows: list[Row] = []
+        if arguments.folder is not None:
+            arguments.folder.mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(
             prefix="trialstore-bench-", dir=arguments.folder
         )

@@ -123,6 +123,7 @@ JOURNAL_DAMAGES: dict[str, tuple[Callable[[Lines], Lines], str]] = {
     "a study that never was": (_change(4, study_id=99), "study-unknown"),
     "a trial that never was": (_change(8, trial_id=999), "trial-unknown"),
     "too many values": (_change(6, values=[1.0, 2.0, 3.0]), "values-many"),
+    "half a step": (_change(7, step=0.5), "value-unreadable"),
     "a value that is no number": (_change(6, values=[float("nan"), 1.0]), "value-unreadable"),
     "COMPLETE without values": (_change(6, values=None), "values-missing"),
     "an unknown state": (_change(6, state=9), "state-unknown"),

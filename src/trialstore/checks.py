@@ -242,7 +242,7 @@ def template_fields(
     n_objectives: int,
     attribute: Callable[[Any, str], Any],
     any_choices: bool,
-    format_time: Callable[[datetime], str],
+    format_time: Callable[[datetime], Any],
 ) -> dict[str, Any]:
     """The fields of ``CreateTrial`` that a template gives.
 
@@ -279,7 +279,7 @@ def template_fields(
     }
 
 
-def _time(time: datetime | None, format_time: Callable[[datetime], str]) -> str | None:
+def _time(time: datetime | None, format_time: Callable[[datetime], Any]) -> Any:
     try:
         return None if time is None else format_time(time)
     except OverflowError as error:

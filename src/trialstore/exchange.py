@@ -3,6 +3,7 @@
 While an exchange is on the wire, other threads' records and wishes gather; the next leader takes
 them all (group commit), and a read joins an exchange that begins after the read did. Records put
 off in the *outbox* ride along with the next exchange, or with one that the linger thread starts.
+Whatever else needs the log (a conditional append, a lease, a scan, a fork) takes turns with them.
 
 What a crash leaves behind, line by line of :meth:`Exchanger._lead`: before ``log.exchange``
 nothing of this exchange exists; inside it the log answers for all or nothing; after it every
@@ -26,7 +27,7 @@ import weakref
 from optuna.exceptions import UpdateFinishedTrialError
 
 from trialstore.clock import Clock
-from trialstore.errors import LogCompactedError, OutcomeUnknownError
+from trialstore.errors import LogCompactedError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import (
     NOTHING,
     START,
@@ -38,7 +39,6 @@ from trialstore.log import (
     Wanted,
 )
 from trialstore.records import (
-    ACCEPTED,
     AnyOperation,
     Operation,
     Outcome,
@@ -58,6 +58,8 @@ _OUTBOX_MAX = 4096
 _IDLE_ROUNDS = 10
 """So many lingers the thread stays when nothing waits. With others at work a trial takes longer
 than one linger, and a new thread for each of them would cost it milliseconds."""
+_INTERRUPTS_MAX = 8
+"""So many in a row, and what must not be left out is left out."""
 # Each load reads the whole snapshot and builds again what is held. Whoever has wanted so many
 # studies one after the other is about to want them all.
 _STUDIES_APART_MAX = 16
@@ -107,6 +109,10 @@ class Exchanger:
         self.seqs = itertools.count()  # never twice the same in a ``worker_id``'s records
         self._gathered: Sequence[_Call] = _NO_CALLS
         self._leader: int | None = None  # thread that has an exchange on the wire
+        # Who waits for the wire for something that can't go with an exchange; a token each. They
+        # and the calls take turns, or a thread that calls again and again would keep it.
+        self._waiting: set[object] = set()
+        self._turn_of_calls = True
         self._outbox: list[TrialWrite] = []
         # What the leader has taken out of the outbox and the log has not taken yet.
         self._sending: list[TrialWrite] = []
@@ -249,17 +255,15 @@ class Exchanger:
         leads = False
         try:
             with self.mutex:
-                if self._leader is not None:
+                if not self._is_free_for_calls():
                     self._refuse_reentry()
                     call = _Call(records, wanted)
-                    self._gathered = [*self._gathered, call]
-                    while self._leader is not None and not call.done:
-                        self._exchanged.wait()
+                    self._gather(call)
                     if call.error is not None:
                         raise call.error
                     if call.done:
                         return call.outcomes
-                    self._gathered = [other for other in self._gathered if other is not call]
+                self._turn_of_calls = False
                 self._leader = threading.get_ident()
                 leads = True
                 calls, self._gathered = self._gathered, _NO_CALLS
@@ -273,6 +277,34 @@ class Exchanger:
                 self._give_up(calls, error)
             raise
 
+    def _is_free_for_calls(self) -> bool:
+        return self._leader is None and (self._turn_of_calls or not self._waiting)
+
+    def _gather(self, call: _Call) -> None:
+        """Until somebody has exchanged for a call, or it is its thread's turn to lead; hold the
+        mutex."""
+        try:
+            self._gathered = [*self._gathered, call]
+            while not (call.done or self._is_free_for_calls()):
+                self._exchanged.wait()
+        finally:
+            # Calls that nobody comes back for must not have a turn.
+            self._gathered = [other for other in self._gathered if other is not call]
+            self._exchanged.notify_all()
+
+    def _wait_for_the_wire(self) -> None:
+        """Until no exchange is on it, and it is not the turn of those that gathered; hold the
+        mutex."""
+        token = object()
+        try:
+            self._waiting.add(token)
+            while self._leader is not None or (self._turn_of_calls and self._gathered):
+                self._exchanged.wait()
+            self._turn_of_calls = True
+        finally:
+            self._waiting.discard(token)
+            self._exchanged.notify_all()
+
     def _refuse_reentry(self) -> None:
         """Waiting for this very thread would last for ever."""
         if self._leader == threading.get_ident():
@@ -282,23 +314,43 @@ class Exchanger:
             )
 
     def _give_up(self, calls: Sequence[_Call], error: BaseException) -> None:
-        """Of this thread's lead: nothing was appended, or nobody knows."""
-        with self.mutex:
-            if self._leader is None:
-                return  # interrupted after it had been given back
+        """Of this thread's lead, if it still has it: nothing was appended, or nobody knows."""
+        self._certainly(lambda: self._give_back(calls, error))
+
+    def _give_back(self, calls: Sequence[_Call], error: BaseException) -> None:
+        if self._leader != threading.get_ident():
+            return  # given back already, and another's perhaps
+        # Deferred records may be sent again either way: they overwrite, and keep the seq that
+        # marks them as the same ones.
+        sending = {record.seq for record in self._sending}
+        self._doubtful |= sending
+        later = [record for record in self._outbox if record.seq not in sending]
+        self._outbox = [*self._sending, *later]
+        for call in calls:
+            if not call.done:
+                call.error = _for_followers(error)
+                call.done = True
+        self._release_lead()
+        if self._outbox:
+            self._lingers()
+
+    def _certainly(self, act: Callable[[], None]) -> None:
+        """Do what must not be left out, with the mutex, although an interrupt may come while this
+        waits for it or at work; then it is done again.
+
+        Args:
+            act: What may be done twice.
+        """
+        interrupts: list[BaseException] = []
+        while len(interrupts) < _INTERRUPTS_MAX:
             try:
-                # Deferred records may be sent again either way: they overwrite, and keep the seq
-                # that marks them as the same ones.
-                self._doubtful.update(record.seq for record in self._sending)
-                self._outbox = [*self._sending, *self._outbox]
-                for call in calls:
-                    if not call.done:
-                        call.error = _for_followers(error)
-                        call.done = True
-            finally:
-                self._release_lead()
-            if self._outbox:
-                self._lingers()
+                with self.mutex:
+                    act()
+                break
+            except BaseException as interrupt:
+                interrupts.append(interrupt)
+        if interrupts:
+            raise interrupts[0]
 
     def run_if(
         self, decide: Callable[[Replica], Sequence[AnyOperation]], wanted: Wanted
@@ -364,19 +416,14 @@ class Exchanger:
     @contextlib.contextmanager
     def _leading(self) -> Iterator[None]:
         """Keep the wire for one thread; others' records and wishes gather meanwhile."""
-        is_leader = False
+        self._refuse_reentry()
         try:
             with self.mutex:
-                self._refuse_reentry()
-                while self._leader is not None:
-                    self._exchanged.wait()
+                self._wait_for_the_wire()
                 self._leader = threading.get_ident()
-                is_leader = True
             yield
         finally:
-            with self.mutex:
-                if is_leader:
-                    self._release_lead()
+            self._certainly(self._release_own_lead)
 
     def _lead(
         self,
@@ -393,7 +440,7 @@ class Exchanger:
             parts.append(call.records)
             wanted |= call.wanted
         try:
-            outcomes: list[list[Outcome] | ValueError] = list(self._exchange(parts, wanted))
+            outcomes: list[list[Outcome] | Exception] = list(self._exchange(parts, wanted))
         except ValueError:
             # The log can't keep one of the records, and nothing was appended. One record must
             # not keep the others out, least of all for ever.
@@ -403,7 +450,7 @@ class Exchanger:
         refused = [
             (part, told)
             for part, told in zip(parts[:first], outcomes[:first], strict=True)
-            if isinstance(told, ValueError) or any(outcome.verdict for outcome in told)
+            if isinstance(told, Exception) or any(outcome.verdict for outcome in told)
         ]
         if refused and self._doubtful:
             self._look_at_refused(refused)
@@ -413,14 +460,14 @@ class Exchanger:
             if self._doubtful:
                 self._doubtful.difference_update(record.seq for record in deferred)
             for call, told in zip(calls, outcomes[first + 1 :], strict=True):
-                if isinstance(told, ValueError):
+                if isinstance(told, Exception):
                     call.error = told
                 else:
                     call.outcomes = told
                 call.done = True
             self._release_lead()
         mine = outcomes[first]
-        if isinstance(mine, ValueError):
+        if isinstance(mine, Exception):
             raise mine
         return mine
 
@@ -467,12 +514,16 @@ class Exchanger:
 
     def _exchange_one_by_one(
         self, parts: Sequence[Sequence[AnyOperation]], n_deferred: int, wanted: Wanted
-    ) -> list[list[Outcome] | ValueError]:
+    ) -> list[list[Outcome] | Exception]:
         """An exchange for each part, so that what the log can't keep is told apart.
 
-        A trial whose deferred record, one of the first parts, is refused keeps its state.
+        A trial whose deferred record, one of the first parts, is refused keeps its state. If the
+        log goes away, what was appended before has its outcomes; the parts after are not sent.
+
+        Raises:
+            Exception: The log's, while it was given deferred records; no other part was sent.
         """
-        told: list[list[Outcome] | ValueError] = []
+        told: list[list[Outcome] | Exception] = []
         lacking: dict[int, ValueError] = {}
         for part in parts:
             try:
@@ -484,7 +535,17 @@ class Exchanger:
                 if len(told) < n_deferred:
                     lacking[cast(TrialWrite, part[0]).trial_id] = error
                 told.append(error)
+            except Exception as error:
+                if len(told) < n_deferred:
+                    raise
+                told.append(error)
+                told += [_not_sent(error)] * (len(parts) - len(told))
+                break
         return told
+
+    def _release_own_lead(self) -> None:
+        if self._leader == threading.get_ident():
+            self._release_lead()
 
     def _release_lead(self) -> None:
         self._leader = None
@@ -531,13 +592,13 @@ class Exchanger:
             self._sending = [record for record in self._sending if record.seq not in taken]
 
     def _look_at_refused(
-        self, refused: Sequence[tuple[Sequence[AnyOperation], list[Outcome] | ValueError]]
+        self, refused: Sequence[tuple[Sequence[AnyOperation], list[Outcome] | Exception]]
     ) -> None:
         """Have the replica show what the trials of refused deferred records say by now."""
         unseen = {
             cast(TrialWrite, record).trial_id
             for part, outcomes in refused
-            if not isinstance(outcomes, ValueError)
+            if not isinstance(outcomes, Exception)
             for record, outcome in zip(part, outcomes, strict=True)
             if outcome.verdict is Verdict.FINISHED
         }
@@ -547,14 +608,14 @@ class Exchanger:
                 self._exchange([()], Wanted(trials=frozenset(unseen)))
 
     def _note_rejected(
-        self, deferred: Sequence[AnyOperation], told: list[Outcome] | ValueError
+        self, deferred: Sequence[AnyOperation], told: list[Outcome] | Exception
     ) -> None:
-        if isinstance(told, ValueError):
+        if isinstance(told, Exception):
             verdicts = [str(told)] * len(deferred)
         else:
-            verdicts = ["" if outcome is ACCEPTED else outcome.verdict.name for outcome in told]
+            verdicts = [outcome.verdict.name if outcome.verdict else "" for outcome in told]
         for record, verdict in zip(cast("Sequence[TrialWrite]", deferred), verdicts, strict=True):
-            if verdict in ("", Verdict.ACCEPTED.name):
+            if not verdict:
                 continue
             # One that was sent again, after an interrupt that hid the answer, may have been taken
             # the first time and its trial have been finished since.
@@ -566,8 +627,11 @@ class Exchanger:
     # --- snapshots -------------------------------------------------------------------------------
 
     def _open_from_snapshot(self, log: Any) -> None:
-        """Names and positions only: trials of a study are loaded when somebody wants them."""
-        restored = restore(log, frozenset())
+        """Names and positions only: trials of a study are loaded when somebody wants them.
+
+        But for who opens it again, after an interrupt: he has put off records on such trials.
+        """
+        restored = restore(log, None if self.n_exchanges else frozenset())
         with self.mutex:
             self._go_on_from(restored)
 
@@ -630,8 +694,7 @@ class Exchanger:
     def restore(self, restored: Restored) -> None:
         """Go on from other contents, of the same log."""
         with self.mutex:
-            while self._leader is not None:
-                self._exchanged.wait()
+            self._wait_for_the_wire()
             self._go_on_from(restored)
 
     def _go_on_from(self, restored: Restored) -> None:
@@ -645,8 +708,8 @@ class Exchanger:
         """Let a running exchange come to its end, and start none until the fork is made."""
         try:
             self.mutex.acquire()
-            while self._leader not in (None, threading.get_ident()):
-                self._exchanged.wait()
+            if self._leader != threading.get_ident():
+                self._wait_for_the_wire()
         except BaseException:
             with contextlib.suppress(RuntimeError):  # not acquired yet
                 self.mutex.release()
@@ -709,6 +772,13 @@ def _outcomes_of(sent: Sequence[AnyOperation], replayed: dict[int, Outcome]) -> 
             f"The log took record {missing} of {sent[0].worker_id} and did not return it. Check "
             "that no other program writes to it."
         ) from None
+
+
+def _not_sent(error: Exception) -> Exception:
+    """What those are told whose turn came after an error of the log."""
+    if isinstance(error, OutcomeUnknownError):
+        return LogUnavailableError(f"Not sent, because the log had gone away: {error}")
+    return error
 
 
 def _for_followers(error: BaseException) -> BaseException:

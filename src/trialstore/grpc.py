@@ -42,7 +42,7 @@ from trialstore.storage import Storage
 
 __all__ = ["GrpcStorageProxy", "run_grpc_proxy_server"]
 
-_logger = logging.getLogger("trialstore")
+_logger = logging.getLogger(__name__)
 
 _CONNECTIONS_MAX = 8
 
@@ -103,7 +103,7 @@ def run_grpc_proxy_server(
             thread_pool=thread_pool,
             message_bytes_max=max_message_bytes,
         )
-        _logger.info("Serving %r at %s:%d.", storage, host, server.port)
+        _logger.info("Serving %s at %s:%d.", type(storage).__name__, host, server.port)
         server.run()
         storage.remove_session()
 
@@ -185,9 +185,11 @@ class GrpcStorageProxy(Storage):
         certificate_file: PEM certificate of this client, where the server asks for one.
         key_file: Its private key.
         token: Bearer token; by default that of ``TRIALSTORE_GRPC_TOKEN``, if there is one.
-        token_file: File that holds the token; unlike ``token`` it is not in a pickle.
-        retry_deadline_s: For how long a call tries to get an answer before it gives up.
-        call_timeout_s: For how long its first attempt waits.
+        token_file: File that holds the token; unlike ``token`` it is not in a pickle, and it is
+            read again when the server refuses what it said.
+        retry_deadline_s: For how long a call tries to get an answer before it gives up; a study
+            that is opened comes in parts, and each begins the time anew.
+        call_timeout_s: For how long its first attempt waits, for an answer or for each part.
         linger_s: For how long a write on a running trial may wait for an exchange to ride along
             with; 0 writes everything through.
         max_staleness_s: How old an answer may be; 0 means never older than the call.

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+import contextlib
 from datetime import datetime, timedelta, timezone
 import enum
 import json
@@ -163,7 +164,14 @@ class SetTrialSystemAttr(Operation, frozen=True, tag=9):
 
 
 class Ignored(Operation, frozen=True, tag=10):
-    """Op 10 of Rustuna (discard trials), which Optuna's reader ignores, and so do we."""
+    """Op 10 of Rustuna (discard trials), which Optuna's reader ignores, and so do we.
+
+    Args:
+        left_out: If it stands for another operation that says nothing we can read: the reason.
+            Not stored.
+    """
+
+    left_out: str = ""
 
 
 class Image(
@@ -461,33 +469,48 @@ def _mended(fields: dict[str, Any]) -> AnyOperation | None:
     A value that means nothing is left out, with a warning; where the operation is about it, the
     operation still counts for its place in the journal.
     """
-    kind = _KIND_OF_CODE.get(fields.get("op_code", -1))
+    code = fields.get("op_code")
+    kind = _KIND_OF_CODE.get(code) if isinstance(code, int) else None
     if kind is None or not fields.keys() >= _NEEDED[kind]:
         return None
     mended = {name: _mended_field(name, value) for name, value in fields.items()}
     try:
         return _converted(mended)
     except msgspec.ValidationError as error:
-        said = [fields.get(name) for name in ("step", *_NUMBERS)]
-        if kind not in _ON_ONE_FIELD or not all(isinstance(x, int | float | None) for x in said):
+        said = [name for name in ("step", *_NUMBERS) if name in mended]
+        if kind not in _ON_ONE_FIELD or not all(_is_number(mended[name]) for name in said):
             return None
-        _logger.warning("A record can't be read and is left out (%s): %s.", error, fields)
-        return Ignored(worker_id=str(fields["worker_id"]), seq=-1)
+        with contextlib.suppress(msgspec.ValidationError):
+            # But for what it says, it is an operation.
+            _converted({**mended, **dict.fromkeys(said, 0)})
+            _logger.warning("A record can't be read and is left out (%s): %s.", error, fields)
+            return Ignored(worker_id=mended["worker_id"], left_out=str(error))
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def _mended_field(name: str, value: Any) -> Any:
     if name in ("study_name", "param_name"):
         return value if isinstance(value, str) else str(value)
-    if name in _NUMBERS:
-        return float(value) if isinstance(value, bool) else value
+    if name == "step" or name in _NUMBERS:
+        return int(value) if isinstance(value, bool) else value
     if name == "values" and isinstance(value, list):
         return [float(one) if isinstance(one, bool) else one for one in value]
     if name == "intermediate_values" and isinstance(value, dict):
         for step, one in value.items():
-            if not isinstance(one, int | float):
+            if not _is_float(one):
                 _logger.warning("The value %r at step %s of a new trial is left out.", one, step)
-        return {step: float(one) for step, one in value.items() if isinstance(one, int | float)}
+        return {step: float(one) for step, one in value.items() if _is_float(one)}
     return value
+
+
+def _is_float(value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def encode_line(record: AnyOperation) -> bytes:

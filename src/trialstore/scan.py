@@ -7,10 +7,10 @@ is finished, about 0.4 KB, because the operations on a trial may be anywhere in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 import heapq
 from operator import attrgetter
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from optuna.study import StudyDirection
@@ -23,7 +23,7 @@ from trialstore.snapshot import apply_all, pack, restore_base, unpack
 _PAGE_TRIALS: Final = 1000
 _MAXIMIZE: Final = int(StudyDirection.MAXIMIZE)
 
-
+_Use = Callable[[Callable[[Any], Any]], Any]
 _decoder: Final = msgspec.msgpack.Decoder(PutTrial)
 
 
@@ -41,25 +41,29 @@ class Scan:
     Args:
         log: Read only; None where ``replica`` is all there is.
         replica: What to go on from.
+        use: Calls something with the log while nobody else uses it; None if there is nobody else.
 
     Raises:
         As ``Log.exchange``.
     """
 
-    def __init__(self, log: Log | None, replica: Replica | None = None) -> None:
+    def __init__(
+        self, log: Log | None, replica: Replica | None = None, use: _Use | None = None
+    ) -> None:
         self._log = log
+        self._use: _Use = use or (lambda call: call(log))
         self._cursor: Cursor = START
         if replica is not None:
             self._replica = replica
         elif log is not None:
-            (self._replica, self._cursor, _), _ = restore_base(log)
+            (self._replica, self._cursor, _), _ = self._use(restore_base)
         self._packed: dict[int, list[_Packed]] = {}
         self._texts: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._catch_up(Wanted(catalogue=True))
 
     def _catch_up(self, wanted: Wanted) -> None:
         while self._log is not None:
-            batch = self._log.exchange((), self._cursor, wanted)
+            batch = self._use(lambda log: log.exchange((), self._cursor, wanted))
             apply_all(self._replica, batch.news)
             self._cursor = batch.cursor
             more = batch.more
@@ -92,7 +96,8 @@ class Scan:
         """What there is to say of a study in a line; of several objectives the first is meant."""
         maximize = study.directions[:1] == [_MAXIMIZE]
         if isinstance(self._log, Paged):
-            return self._log.overview(study.study_id, maximize)
+            told: Overview = self._use(lambda log: log.overview(study.study_id, maximize))
+            return told
         counts: Counter[int] = Counter()
         best: PutTrial | None = None
         starts, ends, running = [], [], {}
@@ -112,7 +117,7 @@ class Scan:
         """The trials of a study, in order of id."""
         if isinstance(self._log, Paged):
             above = -1
-            while page := self._log.page(study_id, above, _PAGE_TRIALS):
+            while page := self._page(study_id, above):
                 yield from page
                 above = page[-1].trial_id
             return
@@ -126,6 +131,10 @@ class Scan:
             self._replica.unfinished_images(study_id),
             key=attrgetter("trial_id"),
         )
+
+    def _page(self, study_id: int, above: int) -> Sequence[PutTrial]:
+        page: Sequence[PutTrial] = self._use(lambda log: log.page(study_id, above, _PAGE_TRIALS))
+        return page
 
 
 def _unpack(packed: _Packed) -> PutTrial:

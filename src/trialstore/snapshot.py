@@ -341,10 +341,16 @@ class Saver:
         Not to be called in the middle of opening a journal: both would take turns.
         """
         if self._is_due(self._n_since) and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._save, args=(take_still,), name="trialstore-snapshot", daemon=True
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # there are too many
+                _logger.warning("No snapshot was saved: %s", error)
+                self._n_since = 0
+            else:
+                self._thread = thread
 
     def _is_due(self, n_since: int) -> bool:
         return n_since >= max(_RECORDS_MIN, _GROWTH_MIN * self._n_covered)

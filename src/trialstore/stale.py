@@ -1,7 +1,7 @@
 """Trials whose worker is dead: found by its lease, failed once, and retried together with that.
 
-The failing and the retry are one conditional append, the retry first; many trials are so many
-appends, since nothing connects them. Where a crash can tear a
+The failing and the retry are one conditional append, the retry first. Of many trials, so many are
+done in one append (nothing connects them) and the others in the next. Where a crash can tear a
 batch, on a journal file, what may be left is a retry without its failing: the trial is still found
 RUNNING and without a living worker, and the next look, which sees that its retry is there, only
 fails it. A failing without its retry can't be left, except where no retry can be made at all.

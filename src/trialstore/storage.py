@@ -127,6 +127,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._is_alone = alone
         # Times are text in records that leave this process; a replica takes both.
         self._now: Callable[[], Any] = datetime.now if alone else r.now_text
+        self._time: Callable[[datetime], Any] = _same if alone else r.format_time
         self._attribute_value = checks.any_value if alone else checks.json_value
         self._clock = clock
         self._open(log)
@@ -214,7 +215,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         Trials that are left RUNNING are then not held for those of a dead worker.
         """
         with contextlib.ExitStack() as stack:
-            stack.callback(self._exchanger.log.close)
+            stack.callback(self._exchanger.use_log, lambda log: log.close())
             if self._heartbeat is not None:
                 stack.callback(self._heartbeat.withdraw)
             self.flush()
@@ -222,7 +223,7 @@ class Storage(BaseStorage, BaseHeartbeat):
     def scan(self) -> Scan:
         """Everything that is stored, for somebody who reads it once and holds little of it."""
         self.flush()
-        return Scan(self.log)
+        return Scan(self.log, use=self._exchanger.use_log)
 
     def watch(
         self, study_id: int, since: str | None = None, *, poll_s: float = POLL_S
@@ -479,12 +480,14 @@ class Storage(BaseStorage, BaseHeartbeat):
         try:
             self.get_study_id_from_name(name)
         except KeyError:
-            names = [study.study_name for study in self.get_all_studies()]
+            names = {study.study_name for study in self.get_all_studies()} - {name}
             alike = [one for one in names if _alike(one, name)]
+            if not alike:
+                return  # the study of this name was deleted meanwhile
             raise ValueError(
                 f"A study can't be called {name!r} here: the log holds it equal to the name of "
-                f"another study{''.join(f', {one!r}' for one in alike)}. Use that one, or a name "
-                "that differs by more than case, accents or spaces at the end."
+                f"another study, {', '.join(map(repr, alike))}. Use that one, or a name that "
+                "differs by more than case, accents or spaces at the end."
             ) from None
 
     def delete_study(self, study_id: int) -> None:
@@ -592,7 +595,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         """The fields of a ``CreateTrial``. Raises TypeError or ValueError for what is refused."""
         attribute = checks.any_copied_value if self._is_alone else checks.json_value
         return checks.template_fields(
-            template, n_objectives, attribute, self._is_alone, r.format_time
+            template, n_objectives, attribute, self._is_alone, self._time
         )
 
     def _start(self, record: r.CreateTrial | r.SetTrialStateValues) -> Outcome:
@@ -1094,6 +1097,10 @@ def _finished_of(study_id: int) -> Wanted:
 @functools.lru_cache
 def _trials_of(study_id: int) -> Wanted:
     return Wanted(trials_of=frozenset((study_id,)))
+
+
+def _same(time: datetime) -> datetime:
+    return time
 
 
 def _alike(one: str, other: str) -> bool:

@@ -146,12 +146,12 @@ def test_a_value_that_the_target_cannot_hold_is_named(tmp_path: Path, cli: Cli) 
     source, target = str(tmp_path / "s.journal"), f"sqlite:///{tmp_path}/t.db"
     study = optuna.create_study(study_name="long", storage=trialstore.get_storage(source))
     study.optimize(lambda trial: 1.0, n_trials=2)
-    study.ask().set_user_attr("k" * 600, 1)
+    study.ask().report(1.0, 2**63)
     study._storage.flush()
     result = cli("copy", source, target)
     assert result.code == 2
     assert "Trial number 2" in result.err
-    assert "600 letters" in result.err
+    assert "the step 9223372036854775808" in result.err
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -103,6 +103,30 @@ def test_from_and_into_every_kind(kind: str, tmp_path: Path, cli: Cli) -> None:
     assert table["state"].to_pylist() == [trial.state.name for trial in study.trials]
 
 
+def test_a_file_that_is_there_is_overwritten_with_force_only(
+    filled: tuple[str, optuna.Study], tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("mine")
+    command = ["export", filled[0], "--study", "colours", "-o", str(path)]
+    refused = cli(*command)
+    assert (refused.code, path.read_text()) == (2, "mine")
+    assert "--force" in refused.err
+    assert cli(*command, "--force").code == 0
+    assert path.read_text() != "mine"
+
+
+@pytest.mark.parametrize(("n_lines", "torn"), [(0, '{"num'), (2, '{"num'), (2, "7")])
+def test_a_cut_file_is_named_with_the_line(
+    n_lines: int, torn: str, filled: tuple[str, optuna.Study], tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "a.jsonl"
+    assert cli("export", filled[0], "--study", "colours", "-o", str(path)).code == 0
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:n_lines]) + torn)
+    refused = cli("import", str(path), f"{tmp_path}/b.journal")
+    assert (refused.code, f"{path}, line {n_lines + 1}" in refused.err) == (2, True), refused
+
+
 def test_some_columns_only(filled: tuple[str, optuna.Study], tmp_path: Path, cli: Cli) -> None:
     url, _ = filled
     file = f"{tmp_path}/a.parquet"

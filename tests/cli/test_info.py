@@ -41,6 +41,7 @@ def test_info_tells_what_is_there_and_delete_study_takes_it_away(
     assert one["directions"] == ["MINIMIZE"]
     assert told["studies"][1]["best_value"] is None
     assert {one["n_with_heartbeats"] for one in told["studies"]} == {0}
+    assert "newest at" not in cli("info", url).out  # nobody has beaten
     beating: Any = trialstore.get_storage(url, heartbeat_interval=1000)
     optuna.load_study(study_name="colours, empty", storage=beating).ask()
     beats = [one["n_with_heartbeats"] for one in cli.json("info", url)["studies"]]
@@ -97,6 +98,17 @@ def test_what_is_wrong_is_said_and_nothing_is_made(
         assert (result.code, said in result.err) == (code, True), result
     assert {path.name for path in tmp_path.iterdir() if "journal" not in path.name} == {"a.db"}
     assert database.read_bytes() == b""
+
+
+def test_a_declined_question_deletes_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{tmp_path}/a.journal"
+    stores.fill(trialstore.get_storage(url))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    declined = cli("delete-study", url, "colours")
+    assert (declined.code, "Nothing was deleted." in declined.err) == (130, True), declined
+    assert "colours" in optuna.get_all_study_names(trialstore.get_storage(url))
 
 
 def test_in_a_narrow_terminal_nothing_is_cut_off(

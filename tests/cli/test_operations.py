@@ -23,7 +23,7 @@ import pytest
 
 from servers import free_port
 import stores
-from stores import KINDS, Cli, new_url
+from stores import KINDS, Cli, new_url, running
 import trialstore
 
 _DEADLINE_S = 120.0
@@ -117,8 +117,7 @@ def test_compact(kind: str, options: list[str], tmp_path: Path, cli: Cli) -> Non
     done = cli.json("compact", url, *options)
     assert done["n_kept"] < done["n_records"]
     assert cli("check", url).code == 0
-    repaired = cli("repair", url, "--output", str(tmp_path / "repaired.journal"))
-    assert repaired.code == (2 if options else 0)
+    assert cli.json("repair", url, "--output", f"{tmp_path}/repaired")["repaired"] is None
     target = str(tmp_path / "copy.journal")
     assert cli("copy", url, target, "--verify").code == 0
     copied = optuna.load_study(study_name="colours", storage=trialstore.get_storage(target))
@@ -136,6 +135,7 @@ def test_stale_trials_are_shown_and_failed(tmp_path: Path, cli: Cli) -> None:
     path = _sqlite(tmp_path)
     url = f"sqlite:///{path}"
     assert cli.json("stale", url) == {"stale": [], "failed": False}
+    assert "no beat for 90 s" in cli("stale", url, "--grace-period", "90").out
     connection = sqlite3.connect(path)
     connection.execute(
         "INSERT INTO trial_heartbeats (trial_id, heartbeat) "
@@ -179,6 +179,33 @@ def test_serve_with_a_token(tmp_path: Path, cli: Cli) -> None:
         process.wait()
 
 
+@pytest.mark.parametrize("command", ["serve", "watch", "stale", "dashboard"])
+def test_what_is_not_there_is_not_made(command: str, tmp_path: Path, cli: Cli) -> None:
+    for name in ("missing.journal", "sqlite:///missing.db"):
+        refused = cli(command, name.replace("missing", f"{tmp_path}/missing"))
+        assert (refused.code, "There is no file" in refused.err) == (3, True), refused
+    assert list(tmp_path.iterdir()) == []
+    # A database of another program: it gets no tables of ours.
+    connection = sqlite3.connect(tmp_path / "foreign.db")
+    connection.execute("CREATE TABLE theirs (id)")
+    refused = cli(command, f"sqlite:///{tmp_path}/foreign.db")
+    assert (refused.code, "no tables of Optuna" in refused.err) == (4, True), refused
+    tables = connection.execute("SELECT name FROM sqlite_master").fetchall()
+    connection.close()
+    assert tables == [("theirs",)]
+
+
+@pytest.mark.parametrize("options", [("sqlite:///%s/new.db", "--create"), ("memory://",)])
+def test_serve_makes_a_store_that_is_asked_for(options: tuple[str, ...], tmp_path: Path) -> None:
+    url, *rest = options
+    with running("serve", url.replace("%s", str(tmp_path)), *rest) as port:
+        proxy = trialstore.GrpcStorageProxy(port=port)
+        proxy.wait_server_ready(int(_DEADLINE_S))
+        assert optuna.get_all_study_names(proxy) == []
+        proxy.close()
+    assert (tmp_path / "new.db").exists() == bool(rest)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -190,7 +217,7 @@ def test_serve_with_a_token(tmp_path: Path, cli: Cli) -> None:
 def test_serve_refuses_in_the_words_of_its_options(
     options: list[str], named: list[str], tmp_path: Path, cli: Cli
 ) -> None:
-    refused = cli("serve", f"{tmp_path}/j", *options, "--port", str(free_port()))
+    refused = cli("serve", f"{tmp_path}/j", "--create", *options, "--port", str(free_port()))
     assert refused.code == 2
     assert set(re.findall(r"--[a-z-]+", refused.err)) == set(named)
     assert "_file" not in refused.err

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 import shutil
 import sqlite3
 from typing import Any
 
+import optuna
+from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 import pytest
 
@@ -18,9 +22,11 @@ from damages import (
     damage_redis,
     damage_tables,
 )
+from ownership import GROUP, OWNER, as_root, may_not_chown
 import stores
 from stores import Cli
 import trialstore
+from trialstore import records as r
 from trialstore.testing.contents import storage_contents
 
 # Of a journal: where nothing was destroyed.
@@ -193,6 +199,10 @@ def test_a_sqlite_file_in_place_keeps_the_damaged_one(
     kept = sqlite3.connect(f"{path}.damaged")
     assert kept.execute("SELECT count(*) FROM trials WHERE number = 1").fetchone() == (0,)
     kept.close()
+    assert cli("repair", url, "--in-place").out == "Nothing to repair.\n"
+    connection = sqlite3.connect(path)
+    connection.executescript("UPDATE trials SET number=0 WHERE number=1")
+    connection.close()
     again = cli("repair", url, "--in-place")
     assert again.code == 2
     assert "exists already" in again.err
@@ -206,6 +216,122 @@ def test_in_place_keeps_the_damaged_one(filled: Path, tmp_path: Path, cli: Cli) 
     assert (tmp_path / "j.damaged").read_bytes() == damaged
     assert cli("check", str(path)).code == 0
     assert _contents(str(path)) == _contents(str(filled / "a.journal"))
+
+
+def _glued(filled: Path, path: Path) -> bytes:
+    damage_journal("a newline is another byte", filled / "a.journal", path)
+    return path.read_bytes()
+
+
+def test_in_place_and_a_copy_are_not_asked_for_at_once(
+    filled: Path, tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "j"
+    damaged = _glued(filled, path)
+    refused = cli("repair", str(path), "--in-place", "-o", str(tmp_path / "copy"))
+    assert (refused.code, path.read_bytes()) == (2, damaged)
+    assert "--output" in refused.err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_in_place_there_is_a_journal_at_the_path_whatever_fails(
+    filled: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "j"
+    damaged = _glued(filled, path)
+
+    def fail(source: Path, target: Path) -> None:
+        assert path.read_bytes() == damaged
+        raise OSError(18, "Invalid cross-device link", str(source))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        assert cli("repair", str(path), "--in-place").code == 3
+    assert path.read_bytes() == damaged
+    assert list(tmp_path.iterdir()) == [path]
+    # Neither an earlier copy nor a file system without links is in the way.
+    assert cli("repair", str(path)).code == 0
+    monkeypatch.setattr(os, "link", fail)
+    assert cli("repair", str(path), "--in-place").code == 0
+    assert (tmp_path / "j.damaged").read_bytes() == damaged
+    assert path.read_bytes() == (tmp_path / "j.repaired").read_bytes()
+
+
+@as_root
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_who_may_open_the_damaged_store_may_open_what_is_made_of_it(
+    kind: str, mode: int, filled: Path, tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "damaged"
+    url = str(path)
+    if kind == "journal":
+        _glued(filled, path)
+    else:
+        url = damage_tables("a number is there twice", filled / "a.db", path)
+    os.chown(path, OWNER, GROUP)
+    path.chmod(mode)
+    assert cli("repair", url).code == 0
+    assert cli("repair", url, "--in-place").code == 0
+    made = [one for one in tmp_path.iterdir() if one.name.startswith(path.name)]
+    assert {one.name for one in made} >= {"damaged", "damaged.damaged", "damaged.repaired"}
+    for one in made:
+        status = one.stat()
+        assert (status.st_uid, status.st_gid) == (OWNER, GROUP), one
+        assert status.st_mode & 0o7777 == mode, one
+
+
+@as_root
+def test_in_place_locks_no_group_out(
+    filled: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "j"
+    damaged = _glued(filled, path)
+    os.chown(path, OWNER, GROUP)
+    path.chmod(0o660)
+    may_not_chown(monkeypatch, is_of_group=False)
+    refused = cli("repair", str(path), "--in-place")
+    assert (refused.code, path.read_bytes()) == (3, damaged)
+    assert "member of the group" in refused.err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("options", [[], ["--in-place"]])
+@pytest.mark.parametrize("name", ["a.journal", "a.db"])
+def test_of_a_whole_store_nothing_is_written(
+    name: str, options: list[str], filled: Path, tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / name
+    shutil.copy(filled / name, path)
+    before = path.read_bytes(), path.stat().st_ino
+    url = f"sqlite:///{path}" if name == "a.db" else str(path)
+    assert cli.json("repair", url, *options)["repaired"] is None
+    assert cli("repair", url, *options).out == "Nothing to repair.\n"
+    assert (path.read_bytes(), path.stat().st_ino) == before
+    assert not [one for one in tmp_path.iterdir() if "damaged" in one.name or "rep" in one.name]
+
+
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "j"
+    storage: Any = trialstore.get_storage(str(path))
+    study = optuna.create_study(study_name="s", storage=storage)
+    study.ask({"[/evil]": FloatDistribution(0, 1)})
+    storage.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    (param,) = (json.loads(line) for line in lines if b"evil" in line)
+    unreadable = r.encode_dict({**param, "seq": param["seq"] + 1, "distribution": "{}"})
+    path.write_bytes(b"".join([*lines, unreadable]))
+    for command in ("check", "repair"):
+        result = cli(command, str(path))
+        assert (result.code, "[/evil]" in result.out) == (1, True), result
+
+
+@pytest.mark.servers
+def test_a_journal_in_redis_that_is_not_there_is_not_repaired(tmp_path: Path, cli: Cli) -> None:
+    target = tmp_path / "repaired.journal"
+    refused = cli("repair", stores.new_url("redis", tmp_path), "-o", str(target))
+    assert (refused.code, target.exists()) == (3, False)
+    assert "There is no" in refused.err
 
 
 def test_records_in_an_attribute_of_a_damaged_one_are_not_taken_for_the_journals(

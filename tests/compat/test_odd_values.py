@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timezone
 import logging
 import os
 from pathlib import Path
@@ -19,6 +19,7 @@ from optuna.trial import TrialState, create_trial
 import pytest
 
 from trialstore import InMemoryStorage, JournalStorage, get_storage
+from trialstore.errors import LogCorruptError
 from trialstore.journal import JournalFileBackend
 
 _STUDY = 0
@@ -70,6 +71,16 @@ _CASES: dict[str, tuple[Callable[[OptunasStorage], object], str, Any]] = {
         "intermediate_values",
         {},
     ),
+    "bool step": (
+        _on_a_new_trial("set_trial_intermediate_value", True, 0.5),
+        "intermediate_values",
+        {1: 0.5},
+    ),
+    "step value beyond all floats": (
+        _template(value=0.5, intermediate_values={0: 10**400, 1: 0.25}),
+        "intermediate_values",
+        {1: 0.25},
+    ),
     "half a step": (
         _on_a_new_trial("set_trial_intermediate_value", 0.5, 1.0),
         "intermediate_values",
@@ -113,6 +124,27 @@ def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         JournalStorage(JournalFileBackend(path)).get_trial(trial_id)
     assert "left out" in caplog.text
     assert "step" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"op_code":7,"worker_id":"w","trial_id":1.5,"step":0,"intermediate_value":1.0}',
+        b'{"op_code":7,"worker_id":1,"trial_id":0,"step":0.5,"intermediate_value":1.0}',
+        b'{"op_code":7,"worker_id":"w","trial_id":0,"step":"x","intermediate_value":1.0}',
+        b'{"op_code":[],"worker_id":"w"}',
+        b'{"op_code":{},"worker_id":"w"}',
+    ],
+)
+def test_what_says_not_even_of_what_it_is_said_is_damage(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "journal"
+    theirs = OptunasStorage(OptunasBackend(str(path)))
+    theirs.create_new_study([StudyDirection.MINIMIZE], "study")
+    theirs.create_new_trial(_STUDY)
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(LogCorruptError, match="record 2"):
+        JournalStorage(JournalFileBackend(str(path))).get_all_trials(_STUDY)
 
 
 def test_a_trial_of_the_end_of_time_is_read_everywhere(
@@ -170,3 +202,18 @@ def test_in_memory_any_depth_is_kept() -> None:
     study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
     storage.set_study_user_attr(study_id, "k", _nested(900))
     assert storage.get_study_user_attrs(study_id) == {"k": _nested(900)}
+
+
+@pytest.mark.parametrize(
+    "time",
+    [datetime(1, 1, 1), datetime(9999, 12, 31, 23), datetime(2026, 1, 1, tzinfo=timezone.utc)],
+    ids=str,
+)
+def test_in_memory_any_time_is_kept(time: datetime) -> None:
+    storage = InMemoryStorage()
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    template = create_trial(value=0.5)
+    template.datetime_start = template.datetime_complete = time
+    trial = storage.get_trial(storage.create_new_trial(study_id, template))
+    assert trial.datetime_start == trial.datetime_complete == time
+    assert trial.datetime_start.tzinfo == time.tzinfo

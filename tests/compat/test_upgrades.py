@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import functools
+import logging
 import math
 import multiprocessing
 import os
@@ -54,6 +55,10 @@ def _upgrade_by_optuna(url: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         alembic.command.upgrade(config, "head")
+    # Its scripts configure logging anew, which silences all loggers that are there.
+    for logger in logging.Logger.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 def _seen_by_optuna(url: str) -> list[Any]:

@@ -9,6 +9,9 @@ import re
 import subprocess
 import sys
 
+from benchmarks import harness
+from benchmarks.__main__ import NAMES
+from benchmarks.harness import Report
 import pytest
 import typer
 
@@ -64,6 +67,23 @@ def test_every_command_is_on_its_page() -> None:
         assert command.help, name
         for parameter in command.params:
             assert parameter.name == "help" or getattr(parameter, "help", None), (name, parameter)
+
+
+def test_every_benchmark_is_on_its_page_and_runs_by_its_name() -> None:
+    page = (_ROOT / "benchmarks" / "README.md").read_text().partition("## Results")[0]
+    listed = re.findall(r"^\| `([a-z_]+)` ", page, re.MULTILINE)
+    assert sorted(listed) == sorted(NAMES)
+    for name, said in (("grpc_proxy", "--store"), ("grpc_prxy", "no benchmark grpc_prxy")):
+        command = [sys.executable, "-m", "benchmarks", name, "--help"]
+        ran = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+        assert (ran.returncode == 0) == (name in NAMES)
+        assert said in ran.stdout + ran.stderr
+
+
+def test_a_benchmark_makes_the_folder_it_is_given(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "one"
+    with Report("none", harness.parser("").parse_args(["--json", "--folder", str(folder)])):
+        assert folder.is_dir()
 
 
 def test_the_demonstration_kills_a_worker_and_loses_nothing() -> None:

@@ -359,6 +359,32 @@ def test_a_failed_sync_is_no_success_later(
     assert len(read_all(path)) == 6
 
 
+def test_an_attempt_that_finds_its_records_there_syncs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = FileLog(str(tmp_path / "journal"))
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    syncs = []
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "sync_fd", fail)
+        with pytest.raises(OutcomeUnknownError, match="not synced"):
+            log.exchange([trial(1)], cursor, NOTHING)
+        with pytest.raises(OutcomeUnknownError, match="not synced"):
+            log.exchange([trial(1)], cursor, NOTHING)
+        with pytest.raises(OutcomeUnknownError, match="not synced"):
+            log.exchange_if(lambda news, cursor: (), cursor, NOTHING)
+    monkeypatch.setattr(system, "sync_fd", syncs.append)
+    assert log.exchange([trial(1)], cursor, NOTHING).news == [trial(1)]
+    assert len(syncs) == 1
+    # Of one that was killed or interrupted between its write and its sync, nobody knows.
+    assert log.exchange([trial(1)], cursor, NOTHING).news == [trial(1)]
+    assert len(syncs) == 2
+
+
 def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

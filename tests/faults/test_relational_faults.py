@@ -359,10 +359,13 @@ def test_a_read_that_is_cancelled_loses_no_write(kind: str, tmp_path: Path) -> N
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
     trial.set_user_attr("k", 1)
-    with locked_table("trial_intermediate_values", url), cancelling(url) as n_cancelled:
-        with pytest.raises(OutcomeUnknownError, match="committed"):
-            study.get_trials(deepcopy=False)
-        assert n_cancelled[0] >= 2
+    with (
+        locked_table("trial_intermediate_values", url),
+        cancelling(url) as n_cancelled,
+        pytest.raises(OutcomeUnknownError, match="committed"),
+    ):
+        study.get_trials(deepcopy=False)
+    assert n_cancelled[0] >= 2
     study.tell(trial, 1.0)
     fresh = RDBStorage(url)
     (told,) = fresh.get_all_trials(study._study_id)
@@ -421,6 +424,63 @@ def test_a_storage_closed_after_its_connection_was_dropped_goes_on(
         one.log.close()
     told = [x.trial_id for x in asker.read(study_id) if x.state == r.COMPLETE]
     assert told == others
+
+
+def _forget_sessions(url: str) -> None:
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        assert connection.exec_driver_sql("DELETE FROM trialstore_sessions").rowcount
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_a_mark_that_is_gone_is_put_back(kind: str, stepwise: bool, tmp_path: Path) -> None:
+    """As after a failover: nothing is stored without it, and so no trial without a number."""
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    trial_id = one.trial(study_id)
+    pair = {"params": {(study_id, "x")}} if stepwise else {}
+    new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
+    for records in ([new, param(trial_id, "x")], [param(trial_id, "x"), tell(trial_id, 1.0)]):
+        _forget_sessions(url)
+        assert verdicts(one.do(*records, **pair)) == ["ACCEPTED"] * 2
+    _forget_sessions(url)  # it was put back for the last, too
+    trials = Model(url).read(study_id)
+    assert [(x.number, x.state) for x in trials] == [(0, r.COMPLETE), (1, r.RUNNING)]
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+def test_a_mark_that_is_gone_is_not_put_back_before_it_is_asked(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    one = Model(url)
+    study_id = one.study()
+    cut(one, 1, applied=False)
+    _forget_sessions(url)
+    with pytest.raises(OutcomeUnknownError):
+        one.trial(study_id)
+    one.trial(study_id)
+    assert [x.number for x in one.read(study_id)] == [0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_numbers_go_on_where_the_newest_trial_is_gone(
+    kind: str, stepwise: bool, tmp_path: Path
+) -> None:
+    """As after a failover that lost it."""
+    one = Model(new_database(kind, tmp_path))
+    study_id = one.study()
+    *_, lost = [one.trial(study_id) for _ in range(3)]
+    with one.log.engine.begin() as connection:
+        connection.exec_driver_sql(f"DELETE FROM trials WHERE trial_id = {lost}")
+    pair = {"params": {(study_id, "x")}} if stepwise else {}
+    new = r.CreateTrial(worker_id="w", study_id=study_id, user_attrs={"k": 1}, datetime_start=None)
+    for _ in range(2):
+        assert verdicts(one.do(new, **pair)) == ["ACCEPTED"]
+    trials = Model(one.log.url).read(study_id)
+    assert [x.number for x in trials] == list(range(4))
+    assert [x.user_attrs for x in trials] == [{}, {}, {"k": 1}, {"k": 1}]
 
 
 @pytest.mark.parametrize("kind", DRIVERS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import contextlib
+import itertools
+import math
 import multiprocessing
 from pathlib import Path
 import pickle
@@ -10,6 +13,7 @@ import random
 import threading
 from typing import Any
 
+import grpc
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
@@ -23,7 +27,7 @@ import trialstore
 from trialstore import records as r
 from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START, Batch, Cursor, Wanted
-from trialstore.logs.file import FileLog
+from trialstore.logs.file import FileLog, system
 from trialstore.logs.grpc import (
     client,
     judged as judged_share,
@@ -32,6 +36,7 @@ from trialstore.logs.grpc import (
     settle,
 )
 from trialstore.logs.grpc.client import GrpcLog
+from trialstore.logs.grpc.generated import log_pb2 as pb
 from trialstore.logs.grpc.judged import JudgedShare
 from trialstore.logs.grpc.sequential import SequentialShare
 from trialstore.logs.grpc.share import Request
@@ -44,6 +49,7 @@ from trialstore.testing.clock import ManualClock
 from trialstore.testing.contents import study_contents
 from trialstore.testing.counting import CountingLog
 from trialstore.testing.proxy import CountingProxy
+from trialstore.testing.syncs import SyncCounter
 
 _KINDS = ["journal", "sqlite", pytest.param("psycopg", marks=pytest.mark.servers)]
 _DEADLINE_S = 120.0
@@ -173,6 +179,86 @@ def test_clients_whose_server_is_gone_come_back_seldom_and_not_all_at_once() -> 
         assert moments[-1] - moments[0] > 0.02 * 1.5**attempt
 
 
+class _Lost(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return ""
+
+    def trailing_metadata(self) -> None:
+        return None
+
+
+class _Stream:
+    """The client's side of a stream, over a line that takes 7 s for a part.
+
+    Args:
+        n_parts: What comes before it ends.
+        end: How: it is over, it breaks off, or nothing comes any more until it is cancelled.
+        timeout: As gRPC's, of the call as a whole.
+    """
+
+    def __init__(
+        self, clock: ManualClock, n_parts: int, end: str = "", timeout: float | None = None
+    ) -> None:
+        self._clock, self._n_parts, self._end = clock, n_parts, end
+        self._give_up_at = math.inf if timeout is None else clock.now_s() + timeout
+        self._cancelled = threading.Event()
+
+    def __iter__(self) -> _Stream:
+        return self
+
+    def __next__(self) -> Any:
+        if self._n_parts:
+            self._n_parts -= 1
+            self._clock.advance(7.0)
+            if self._clock.now_s() > self._give_up_at:
+                raise _Lost(grpc.StatusCode.DEADLINE_EXCEEDED)
+            return pb.ExchangeReply(cursor=b"M\x07")
+        if self._end == "breaks":
+            raise _Lost(grpc.StatusCode.UNAVAILABLE)
+        if self._end == "stands still":
+            assert self._cancelled.wait(_DEADLINE_S)
+            raise _Lost(grpc.StatusCode.CANCELLED)
+        raise StopIteration
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+def _read(log: GrpcLog, monkeypatch: pytest.MonkeyPatch, streams: list[Any]) -> Cursor:
+    """Read a study; ``streams``: arguments of ``_Stream``, for one attempt after the other."""
+
+    def call(request: Any, *, metadata: Any, timeout: float | None = None) -> _Stream:
+        return _Stream(log._clock, *streams.pop(0), timeout=timeout)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(log, "_call", lambda name: call)
+    return log.exchange((), START, NOTHING).cursor
+
+
+def test_a_read_takes_as_long_as_its_parts_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = GrpcLog("localhost", 1, clock=ManualClock())
+    assert _read(log, monkeypatch, [(50,)]) == b"M\x07"
+    assert _read(log, monkeypatch, [(50, "breaks"), (51, "breaks"), (60,)]) == b"M\x07"
+
+
+def test_a_read_that_comes_no_further_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = GrpcLog("localhost", 1, clock=ManualClock())
+    streams = [(20, "breaks")] * 20
+    with pytest.raises(LogUnavailableError):
+        _read(log, monkeypatch, streams)
+    assert len(streams) == 18
+
+
+def test_a_read_that_stands_still_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = GrpcLog("localhost", 1, clock=ManualClock(), call_timeout_s=0.05)
+    assert _read(log, monkeypatch, [(3, "stands still"), (5,)]) == b"M\x07"
+
+
 def test_a_write_that_is_given_up_is_applied_once_when_it_is_sent_again(tmp_path: Path) -> None:
     for kind in ("journal", "sqlite"):
         port = serve(served_url(kind, tmp_path))
@@ -252,6 +338,46 @@ def test_what_was_refused_is_called_not_stored_if_the_news_are_lost(
         assert open_grpc(server.port).get_all_trials(study_id) == []
         log.close()
         other.close()
+
+
+def test_who_reports_keeps_nobody_from_appending_on_a_condition(tmp_path: Path) -> None:
+    port = serve(served_url("sqlite", tmp_path))
+    other, log = open_grpc(port, linger_s=0.0), GrpcLog("localhost", port)
+    study_id = other.create_new_study([StudyDirection.MINIMIZE], "s")
+    trial_id = other.create_new_trial(study_id)
+    n_decided = 0
+
+    def appended(change: Callable[[int], None], wanted: Wanted) -> int:
+        """After how many decisions; during each of the first four somebody changes something."""
+        nonlocal n_decided
+        n_decided = 0
+
+        def decide(news: Any, cursor: Cursor) -> Any:
+            nonlocal n_decided
+            n_decided += 1
+            if n_decided < 5:
+                change(n_decided)
+            return [_create(next(numbers), study_id)]
+
+        log.exchange_if(decide, START, wanted)
+        return n_decided
+
+    def report(step: int) -> None:
+        other.set_trial_intermediate_value(trial_id, step, 0.5)
+        other.set_trial_user_attr(trial_id, "k", step)
+        other.set_trial_param(trial_id, f"x{step}", 0.5, _UNIT)
+
+    def hold(number: int) -> None:
+        other.set_trial_system_attr(trial_id, "slot", number)
+
+    numbers = itertools.count(1)
+    of_study = Wanted(trials_of=frozenset((study_id,)))
+    assert appended(report, of_study) == 2  # the first time, all that is RUNNING is new
+    assert appended(report, of_study | Wanted(trials=frozenset((trial_id,)))) == 5
+    assert appended(report, of_study | Wanted(numbers=frozenset(((study_id, 0),)))) == 5
+    assert appended(hold, of_study) == 5
+    for one in (other, log):
+        one.close()
 
 
 def test_of_a_batch_that_goes_in_parts_the_first_is_not_called_not_stored(
@@ -446,6 +572,27 @@ def test_a_record_marked_as_sent_again_is_appended_only_if_it_is_missing() -> No
         for record in payload.unpack_records(part)
     ]
     assert news == [one, two]
+
+
+def test_what_an_attempt_put_there_whose_sync_failed_is_synced_before_it_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = FileLog(str(tmp_path / "journal"))
+    share = share_of(log, START, lambda: log, n_copies_max=1)
+    study = r.CreateStudy(worker_id="w", seq=0, study_name="s", directions=[1])
+    start = share.exchange(Request([study], b"", NOTHING)).cursor
+
+    def fail(fd: int) -> None:
+        raise OSError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "sync_fd", fail)
+        for again in (False, True):
+            with pytest.raises(OutcomeUnknownError, match="not synced"):
+                share.exchange(Request([_create(1)], start, NOTHING, again=again))
+    with SyncCounter() as syncs:
+        share.exchange(Request([_create(1)], start, NOTHING, again=True))
+    assert syncs.total == 1
 
 
 def test_a_log_that_answers_in_portions_is_read_to_its_end() -> None:

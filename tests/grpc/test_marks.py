@@ -226,7 +226,7 @@ def test_what_was_appended_on_a_condition_is_not_refused_when_it_comes_again(
     (study,) = tables.send(_study())
     wanted = Wanted(trials_of=frozenset((study.id,)))
     cursor = tables.share().exchange(Request([], b"", wanted)).cursor
-    request = tables.request(_create(1, study.id), cursor=cursor, expected=digest(()))
+    request = tables.request(_create(1, study.id), cursor=cursor, expected=digest((), wanted))
     request = request._replace(wanted=wanted)
     first = tables.share().exchange(request)
     # The condition does not hold any more, because of this very record.

@@ -13,6 +13,8 @@ from pathlib import Path
 import pickle
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -95,6 +97,28 @@ def test_a_server_takes_its_token_from_the_environment(
         assert open_grpc(server.port).get_all_studies() == []
         monkeypatch.delenv(TOKEN_VARIABLE)
         assert "token" in _refused(open_grpc(server.port))
+
+
+def test_a_token_that_is_changed_is_read_again(tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text("one")
+    url = served_url("journal", tmp_path)
+    with KillableServer(url, token_file=str(token_file)) as server:
+        friend = open_grpc(server.port, token_file=str(token_file))
+        study_id = friend.create_new_study(_MINIMIZE, "s")
+        friend.create_new_trial(study_id)
+        server.kill()
+        token_file.write_text("two")
+        server.start()
+        friend.create_new_trial(study_id)
+        token_file.unlink()
+        assert len(friend.get_all_trials(study_id)) == 2
+        server.kill()
+        other = tmp_path / "other"
+        other.write_text("three")
+        server.options["token_file"] = str(other)
+        server.start()
+        assert "token" in _refused(friend)
 
 
 def test_a_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,6 +550,20 @@ def test_waiting_for_a_server_that_is_not_there_ends() -> None:
     storage = trialstore_grpc.GrpcStorageProxy(port=free_port())
     with pytest.raises(ConnectionError):
         storage.wait_server_ready(0.1)
+
+
+def test_the_command_says_where_it_serves(tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "trialstore", "serve", str(tmp_path / "j"), "--create"]
+    command += ["--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            open_grpc(port).wait_server_ready(_DEADLINE_S)
+            process.terminate()
+            _, told = process.communicate(timeout=_DEADLINE_S)
+        finally:
+            process.kill()
+    assert f"Serving JournalStorage at localhost:{port}." in told
 
 
 def test_a_port_that_is_taken_is_an_error() -> None:

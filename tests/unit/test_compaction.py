@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 import pytest
 
 from grpc_servers import open_grpc, serve, served_url
+from ownership import GROUP, OWNER, as_root, may_not_chown
 from redis_servers import new_prefix, shared_cluster
 from servers import shared_redis
 import trialstore
@@ -649,6 +650,29 @@ def test_a_journal_behind_symlinks_stays_one(tmp_path: Path, compacted_by: str) 
     assert not list(tmp_path.rglob("*.compacting"))
 
 
+def test_behind_symlinks_there_is_one_lock_and_one_store_of_leases(tmp_path: Path) -> None:
+    (tmp_path / "link.log").symlink_to("journal.log")
+    optuna.create_study(storage=_file(tmp_path).open(), study_name="s")
+    link, path = FileLog(str(tmp_path / "link.log")), FileLog(str(tmp_path / "journal.log"))
+    assert link.path == path.path == str(tmp_path / "journal.log")
+    own_lock = journal.JournalFileSymlinkLock(str(tmp_path / "link.log"))
+    assert repr(own_lock) == repr(link._file.lock) == repr(path._file.lock)
+    link.take_lease("dead")
+    assert path.expired(0, {1: "dead"}, -60.0) == [1]
+
+
+def test_a_file_with_another_name_is_not_compacted(tmp_path: Path) -> None:
+    optuna.create_study(storage=_file(tmp_path).open(), study_name="s")
+    path = tmp_path / "journal.log"
+    (tmp_path / "hard.log").hardlink_to(path)
+    before = path.read_bytes(), path.stat().st_ino
+    with pytest.raises(CompactionRefusedError, match="hard links"):
+        journal.compact(FileLog(str(path)))
+    assert (path.read_bytes(), path.stat().st_ino) == before
+    (tmp_path / "hard.log").unlink()
+    journal.compact(FileLog(str(path)))
+
+
 def test_by_a_symlink_too_there_is_one_compaction_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -670,28 +694,11 @@ def test_by_a_symlink_too_there_is_one_compaction_at_a_time(
 
 # --- who may open it -----------------------------------------------------------------------------
 
-_as_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives files to other users"
-)
-_OWNER, _GROUP = 12345, 23456  # of nobody
-
-
-def _may_not_chown(monkeypatch: pytest.MonkeyPatch, *, is_of_group: bool) -> None:
-    """As for a user who is not root, and may be in the journal's group."""
-    fchown = os.fchown
-
-    def refuse(fd: int, owner: int, group: int) -> None:
-        if owner != -1 or not is_of_group:
-            raise PermissionError(1, "Operation not permitted")
-        fchown(fd, owner, group)
-
-    monkeypatch.setattr(os, "fchown", refuse)
-
 
 def _owned_journal(folder: Path, mode: int) -> Path:
     optuna.create_study(storage=_file(folder).open(), study_name="s")
     path = folder / "journal.log"
-    os.chown(path, _OWNER, _GROUP)
+    os.chown(path, OWNER, GROUP)
     path.chmod(mode)
     return path
 
@@ -701,46 +708,46 @@ def _access(path: Path) -> tuple[int, int, int]:
     return status.st_uid, status.st_gid, status.st_mode & 0o7777
 
 
-@_as_root
+@as_root
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o666])
 def test_owner_group_and_mode_stay(tmp_path: Path, mode: int) -> None:
     path = _owned_journal(tmp_path, mode)
     journal.compact(FileLog(str(path)))
-    assert _access(path) == (_OWNER, _GROUP, mode)
+    assert _access(path) == (OWNER, GROUP, mode)
 
 
-@_as_root
+@as_root
 @pytest.mark.parametrize("mode", [0o660, 0o664, 0o666])
 def test_compacted_by_a_member_of_its_group_it_stays_the_groups(
     tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _owned_journal(tmp_path, mode)
-    _may_not_chown(monkeypatch, is_of_group=True)
+    may_not_chown(monkeypatch, is_of_group=True)
     journal.compact(FileLog(str(path)))
-    assert _access(path) == (os.geteuid(), _GROUP, mode)
+    assert _access(path) == (os.geteuid(), GROUP, mode)
 
 
-@_as_root
+@as_root
 @pytest.mark.parametrize("mode", [0o640, 0o664])
 def test_where_its_group_would_be_locked_out_it_is_refused(
     tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _owned_journal(tmp_path, mode)
     before = path.read_bytes(), path.stat().st_ino, _access(path)
-    _may_not_chown(monkeypatch, is_of_group=False)
+    may_not_chown(monkeypatch, is_of_group=False)
     with pytest.raises(CompactionRefusedError, match="member of the group"):
         journal.compact(FileLog(str(path)))
     assert (path.read_bytes(), path.stat().st_ino, _access(path)) == before
     assert not (tmp_path / "journal.log.compacting").exists()
 
 
-@_as_root
+@as_root
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
 def test_a_group_that_may_what_others_may_is_not_needed(
     tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _owned_journal(tmp_path, mode)
-    _may_not_chown(monkeypatch, is_of_group=False)
+    may_not_chown(monkeypatch, is_of_group=False)
     journal.compact(FileLog(str(path)))
     assert path.stat().st_mode & 0o7777 == mode
 

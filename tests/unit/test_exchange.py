@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import itertools
@@ -24,9 +24,10 @@ from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import Batch, Cursor, Decide, Wanted
 from trialstore.logs.memory import MemoryLog
 from trialstore.records import AnyOperation, CreateTrial, Outcome, Verdict
+from trialstore.scan import Scan
 from trialstore.storage import Storage
 from trialstore.testing.clock import ManualClock
-from trialstore.testing.suites.base import run_threads
+from trialstore.testing.suites.base import run_threads, wait_until
 
 _DEADLINE_S = 60
 _X = FloatDistribution(0, 1)
@@ -290,6 +291,115 @@ class _ToldTwice(_Tap):
         return Batch(None, (), batch.cursor)
 
 
+@contextlib.contextmanager
+def _gathered(
+    storage: Storage, tap: _Tap, calls: Sequence[Callable[[], object]]
+) -> Iterator[None]:
+    """The calls have gathered, in order, behind an exchange that ends with the block; then they
+    are waited for."""
+    on_the_wire, go_on = threading.Event(), threading.Event()
+
+    def wait(records: Sequence[AnyOperation]) -> None:
+        on_the_wire.set()
+        assert go_on.wait(_DEADLINE_S)
+
+    tap.before = wait
+    threads = [threading.Thread(target=storage.get_all_studies)]
+    threads[0].start()
+    assert on_the_wire.wait(_DEADLINE_S)
+    exchanger = storage._exchanger
+    for call in calls:
+        n_before = len(exchanger._gathered) + len(exchanger._waiting)
+        threads.append(threading.Thread(target=call))
+        threads[-1].start()
+        wait_until(
+            lambda n=n_before: len(exchanger._gathered) + len(exchanger._waiting) > n, "a call"
+        )
+    try:
+        yield
+    finally:
+        go_on.set()
+    for thread in threads:
+        thread.join(_DEADLINE_S)
+        assert not thread.is_alive()
+
+
+def test_those_who_need_the_wire_for_themselves_and_calls_take_turns(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    """Else a thread that calls again and again leaves it to nobody, a heartbeat or a fork."""
+    order: list[str] = []
+
+    def call_twice() -> None:
+        for _ in range(2):
+            storage.get_n_trials(study_id)
+
+    def use(log: object) -> None:
+        order.append("use")
+
+    use_log = functools.partial(storage._exchanger.use_log, use)
+    with _gathered(storage, tap, [use_log, use_log, use_log, call_twice]):
+        tap.after = lambda records: order.append("exchange")
+    assert order == ["exchange", "use", "exchange", "use", "exchange", "use"]
+
+
+def test_nobody_scans_or_closes_the_log_beside_an_exchange(
+    storage: Storage, tap: _Tap, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "flush", lambda: None)  # which waits, but not for the next one
+    scans: list[Scan] = []
+    with _gathered(storage, tap, [storage.close, lambda: scans.append(storage.scan())]):
+        assert not scans
+        tap.before = lambda records: None
+    (scan,) = scans
+    trials = functools.partial(list, scan.trials(study_id))
+    with _gathered(storage, tap, [trials]):
+        tap.before = lambda records: None
+
+
+class _Contended:
+    """A mutex that another thread has, and an interrupt comes while this one waits for it."""
+
+    def __init__(self, mutex: Any) -> None:
+        self._mutex = mutex
+        self.interrupts = False
+
+    def __enter__(self) -> None:
+        if self.interrupts:
+            self.interrupts = False
+            raise KeyboardInterrupt
+        self._mutex.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._mutex.release()
+
+
+@pytest.mark.parametrize("error", [None, LogUnavailableError("away")], ids=repr)
+def test_an_interrupt_while_the_lead_is_given_back_leaves_it_to_others(
+    storage: Storage, tap: _Tap, study_id: int, error: Exception | None
+) -> None:
+    exchanger = storage._exchanger
+    mutex = exchanger.mutex
+    contended = _Contended(mutex)
+
+    def fail(records: object) -> None:
+        contended.interrupts = True
+        if error is not None:
+            raise error
+
+    tap.before = fail
+    exchanger.mutex = cast(Any, contended)
+    with pytest.raises(KeyboardInterrupt):
+        if error is None:
+            exchanger.use_log(fail)
+        else:
+            storage.set_study_user_attr(study_id, "k", 1)
+    tap.before = lambda records: None
+    exchanger.mutex = mutex
+    run_threads(storage.flush)
+    assert exchanger._leader is None
+
+
 def test_what_a_lost_conditional_append_decided_is_not_decided_again(log: MemoryLog) -> None:
     storage = Storage(_ToldTwice(log))
     study_id = storage.create_new_study([StudyDirection.MINIMIZE])
@@ -406,6 +516,56 @@ def test_a_record_that_the_log_can_t_keep_does_not_keep_others_out(
     with pytest.raises(UpdateFinishedTrialError, match="bad does not fit"):
         storage.get_trial(first)
     assert storage.get_trial(first).user_attrs == {"good": 1}
+
+
+def test_whose_record_was_stored_before_the_log_went_away_is_told_so(
+    storage: Storage, tap: _Tap, log: MemoryLog, study_id: int
+) -> None:
+    told: dict[str, object] = {}
+    stored: list[object] = []
+
+    def go_away(records: Sequence[AnyOperation]) -> None:
+        _refuse_bad(records)
+        if stored and records:
+            raise LogUnavailableError("away")
+        stored.extend(records)
+
+    def call(key: str) -> None:
+        try:
+            told[key] = storage.set_study_user_attr(study_id, key, 1)
+        except Exception as error:
+            told[key] = error
+
+    # Whoever of them leads, at least one comes after the one that is stored.
+    with _gathered(storage, tap, [functools.partial(call, key) for key in ("bad", "a", "b")]):
+        tap.before = go_away
+    assert Storage(log).get_study_user_attrs(study_id).keys() == {
+        key for key, answer in told.items() if answer is None
+    }
+    assert sorted(type(answer).__name__ for key, answer in told.items() if key != "bad") == [
+        "LogUnavailableError",
+        "NoneType",
+    ]
+    assert isinstance(told["bad"], (ValueError, LogUnavailableError))
+
+
+def test_who_is_refused_takes_the_lead_from_nobody(
+    storage: Storage, tap: _Tap, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its end of the lead and its error, another thread may have begun to lead."""
+    exchanger = storage._exchanger
+    release = exchanger._release_lead
+    another = -1
+
+    def release_and_lose() -> None:
+        release()
+        exchanger._leader = another
+
+    tap.before = _refuse_bad
+    monkeypatch.setattr(exchanger, "_release_lead", release_and_lose)
+    with pytest.raises(ValueError, match="does not fit"):
+        storage.set_study_user_attr(study_id, "bad", 1)
+    assert exchanger._leader == another
 
 
 def test_a_trial_is_not_told_without_what_the_log_can_t_keep(

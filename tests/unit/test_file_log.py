@@ -21,6 +21,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 import pytest
 
+from ownership import GROUP, OWNER, as_root, may_not_chown
 import trialstore
 from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, START, SnapshotStore
@@ -874,30 +875,19 @@ def test_a_snapshot_is_for_those_who_may_open_the_journal(
         assert Path(f"{path}.snapshot").stat().st_mode & 0o7777 == mode
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives files to other groups"
-)
+@as_root
 @pytest.mark.parametrize("is_of_group", [True, False])
 def test_a_snapshot_is_for_the_journals_group_or_for_its_owner_alone(
     log: FileLog, path: Path, is_of_group: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = 23456
     cursor = log.exchange([study()], START, NOTHING).cursor
-    os.chown(path, 12345, group)
+    os.chown(path, OWNER, GROUP)
     path.chmod(0o660)
-    fchown = os.fchown
-
-    def refuse(fd: int, owner: int, group: int) -> None:
-        """As for a user who is not root."""
-        if owner != -1 or not is_of_group:
-            raise PermissionError(1, "Operation not permitted")
-        fchown(fd, owner, group)
-
-    monkeypatch.setattr(os, "fchown", refuse)
+    may_not_chown(monkeypatch, is_of_group=is_of_group)
     assert log.save_snapshot(lambda: (b"contents", cursor))
     status = Path(f"{path}.snapshot").stat()
     assert status.st_mode & 0o7777 == (0o660 if is_of_group else 0o600)
-    assert (status.st_gid == group) is is_of_group
+    assert (status.st_gid == GROUP) is is_of_group
 
 
 def test_foreign_stale_and_damaged_snapshots_are_ignored(log: FileLog, path: Path) -> None:

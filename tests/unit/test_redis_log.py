@@ -487,6 +487,26 @@ def test_a_journal_that_became_another_one_is_not_written_to(where: _Where) -> N
     assert where.last() == 1
 
 
+def test_a_plain_journal_made_anew_under_the_same_name_is_another_one(standalone: _Where) -> None:
+    log = standalone.open()
+    standalone.client.set(f"{standalone.prefix}:log_number", 1)
+    standalone.optuna_append(1, "o1")
+    cursor = START
+    for writer in ("a", "b"):
+        fields = {
+            "op_code": 0,
+            "worker_id": writer * 36,
+            "study_name": "s" * 99,
+            "directions": [1],
+        }
+        standalone.client.set(standalone.key(0), json.dumps({**fields, "directions": [1]}))
+        if writer == "a":
+            cursor = log.exchange((), START, NOTHING).cursor
+    with pytest.raises(LogReplacedError, match="not the one"):
+        log.exchange([_study("c", 2)], cursor, NOTHING)
+    assert standalone.last() == 1
+
+
 @pytest.mark.parametrize("damage", [b"{", b"{\n", b"[1]", b"\xff\xfe", b'{"op_code":77}', None])
 def test_a_damaged_record_is_corruption_with_its_number(
     standalone: _Where, damage: bytes | None

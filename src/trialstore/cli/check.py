@@ -41,9 +41,11 @@ def check(url: Url, deep: Deep = False, as_json: Json = False) -> Exit | None:
             stdout.print(f"[{_STYLES[finding.severity]}]{finding.severity}[/] ", end="")
             stdout.print(f"{finding.kind} at {finding.where}: {finding.message}", markup=False)
         found = ", ".join(f"{n} {name}" for name, n in report.by_severity.items())
-        stdout.print(
-            f"{found or 'Nothing is wrong'}: {report.n_studies} studies, {report.n_trials} trials"
-            + (f", {report.n_records} records." if report.n_records else "."),
-            markup=False,
-        )
+        counted = f"{report.n_studies} studies, {report.n_trials} trials"
+        if report.n_records:
+            counted += f", {report.n_records} records"
+        text = f"{found or 'Nothing is wrong'}: {counted}."
+        if report.not_counted is not None:
+            text = f"{found}. {report.not_counted}"
+        stdout.print(text, markup=False)
     return Exit.FINDINGS if report.findings else None

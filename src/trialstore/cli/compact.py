@@ -18,7 +18,7 @@ Force = Annotated[
 ]
 Trim = Annotated[
     bool,
-    typer.Option("--trim", help="Leave a snapshot only; no plain Optuna can open it any more."),
+    typer.Option("--trim", help="In Redis: leave a snapshot only; plain Optuna can't open it."),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trialstore.cli.output import Exit, Json, Url, command, fail, print_json, stdout
+from trialstore.cli.output import Exit, Json, Url, command, fail, print_json, stderr, stdout
 from trialstore.cli.stores import existing_storage
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study.", show_default=False)]
@@ -23,7 +23,8 @@ def delete_study(url: Url, name: Name, yes: Yes = False, as_json: Json = False) 
             if as_json:
                 fail("With --json nobody can be asked; pass --yes.")
             if not typer.confirm(f"Delete study {name!r} with {n_trials} trials?", err=True):
-                return Exit.USAGE
+                stderr.print("Nothing was deleted.")
+                return Exit.INTERRUPTED
         storage.delete_study(study_id)
     if as_json:
         print_json({"deleted": name, "n_trials": n_trials})

@@ -29,6 +29,7 @@ Output = Annotated[
     Path,
     typer.Option("--output", "-o", help=f"The ending decides: {', '.join(files.FORMATS)}."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 Columns = Annotated[
     str | None,
     typer.Option(
@@ -45,7 +46,12 @@ NewName = Annotated[str | None, typer.Option("--study", metavar="NAME", help="Ca
 
 @command
 def export(
-    url: Url, study: Name, output: Output, columns: Columns = None, as_json: Json = False
+    url: Url,
+    study: Name,
+    output: Output,
+    columns: Columns = None,
+    force: Force = False,
+    as_json: Json = False,
 ) -> Exit | None:
     """Write the trials of a study to a file, with the columns of Optuna's trials_dataframe.
 
@@ -54,6 +60,8 @@ def export(
     kind = output.suffix.removeprefix(".").lower()
     if kind not in files.FORMATS:
         fail(f"The ending of {output} is none of {', '.join(files.FORMATS)}.")
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists already; --force overwrites it.")
     with existing_log(url) as log:
         scan = Scan(log)
         found = [one for one in scan.studies if one.study_name == study]

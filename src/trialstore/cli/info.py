@@ -19,13 +19,18 @@ def info(url: Url, as_json: Json = False) -> Exit | None:
         print_json(description)
         return None
     for name, value in description.items():
-        if name == "studies" or value is None:
+        if name in ("studies", "not_shown") or value is None:
             continue
         if isinstance(value, dict):
-            parts = (f"{key.replace('_', ' ')} {part}" for key, part in value.items())
+            parts = [f"{key.replace('_', ' ')} {part}" for key, part in value.items() if part]
+            if not parts:
+                continue
             value = ", ".join(parts)
         stdout.print(f"{name.replace('_', ' ')}: {value}", markup=False)
-    _print_studies(description["studies"])
+    if "not_shown" in description:
+        stdout.print(description["not_shown"], markup=False, style="yellow")
+    else:
+        _print_studies(description["studies"])
     return None
 
 

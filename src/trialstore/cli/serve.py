@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trialstore.cli.output import Exit, Port, Url, command
-from trialstore.urls import get_storage
+from trialstore.cli.stores import existing_storage
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 Certificate = Annotated[
@@ -28,6 +28,8 @@ Insecure = Annotated[
     typer.Option("--allow-insecure", help="Let strangers in: neither TLS nor token."),
 ]
 
+Create = Annotated[bool, typer.Option("--create", help="Make the store if it is not there.")]
+
 
 @command
 def serve(
@@ -39,6 +41,7 @@ def serve(
     client_ca: ClientCa = None,
     token_file: TokenFile = None,
     allow_insecure: Insecure = False,
+    create: Create = False,
 ) -> Exit | None:
     """Serve a store over gRPC, to GrpcStorageProxy of trialstore and of Optuna.
 
@@ -49,22 +52,23 @@ def serve(
 
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("trialstore.grpc").setLevel(logging.INFO)
-    storage = get_storage(url)
-    try:
-        run_grpc_proxy_server(
-            storage,
-            host=host,
-            port=port,
-            certificate_file=_path(certificate),
-            key_file=_path(key),
-            client_ca_file=_path(client_ca),
-            token_file=_path(token_file),
-            allow_insecure=allow_insecure,
-        )
-    except ValueError as error:
-        raise ValueError(_in_options(str(error))) from error
-    except RuntimeError as error:
-        raise OSError(f"{host}:{port} can't be listened on: {error}") from error
+    # One in memory is never there before.
+    with existing_storage(url, create=create or url.startswith("memory:")) as storage:
+        try:
+            run_grpc_proxy_server(
+                storage,
+                host=host,
+                port=port,
+                certificate_file=_path(certificate),
+                key_file=_path(key),
+                client_ca_file=_path(client_ca),
+                token_file=_path(token_file),
+                allow_insecure=allow_insecure,
+            )
+        except ValueError as error:
+            raise ValueError(_in_options(str(error))) from error
+        except RuntimeError as error:
+            raise OSError(f"{host}:{port} can't be listened on: {error}") from error
     return None
 
 

@@ -9,10 +9,14 @@ import typer
 from trialstore.cli.output import Exit, Json, Study, Url, command, print_json, print_table, stdout
 from trialstore.cli.stores import existing_storage
 
-Fail = Annotated[bool, typer.Option("--fail", help="Tell them as FAIL.")]
+Fail = Annotated[bool, typer.Option("--fail", help="Tell them as FAIL; no retry is queued.")]
 Grace = Annotated[
     int,
-    typer.Option("--grace-period", min=1, help="Seconds without a beat that make a trial stale."),
+    typer.Option(
+        "--grace-period",
+        min=1,
+        help="Seconds without a beat that make a trial stale; longer than the workers' interval.",
+    ),
 ]
 
 
@@ -48,7 +52,7 @@ def stale(
     if as_json:
         print_json({"stale": found, "failed": fail})
     elif not found:
-        stdout.print("No trial is stale.")
+        stdout.print(f"No trial is stale (no beat for {grace_period} s).")
     else:
         print_table(
             ("study", "trial", ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 
-from trialstore.log import Log
+from trialstore.log import Log, Versioned
 from trialstore.storage import Storage
 from trialstore.urls import get_storage, must_exist, open_log
 
@@ -31,12 +31,21 @@ def any_log(url: str) -> Iterator[Log]:
 
 
 @contextlib.contextmanager
-def existing_storage(url: str) -> Iterator[Storage]:
-    """A storage on a store that is there."""
-    must_exist(url)
+def existing_storage(url: str, *, create: bool = False) -> Iterator[Storage]:
+    """A storage on a store that is there, or is made where that is wanted."""
+    if not create:
+        _must_have_tables(url)
     storage = get_storage(url)
     assert isinstance(storage, Storage)
     try:
         yield storage
     finally:
         storage.close()
+
+
+def _must_have_tables(url: str) -> None:
+    """A storage would make them, also in a database that somebody else uses for something else."""
+    must_exist(url)
+    with existing_log(url, any_version=True) as log:
+        if isinstance(log, Versioned):
+            log.get_current_version()

@@ -171,4 +171,4 @@ def _beats_beside(backend: BaseJournalBackend) -> Beats | None:
     path = getattr(backend, "_file_path", None)
     if not isinstance(backend, JournalFileBackend) or not isinstance(path, str):
         return None
-    return Beats(os.path.abspath(path))  # noqa: PTH100
+    return Beats(os.path.realpath(path))

@@ -34,12 +34,14 @@ class Report(msgspec.Struct, frozen=True):
         n_studies: That are there.
         n_trials: Of those studies.
         n_records: Of a journal; 0 for tables.
+        not_counted: Why no studies and trials are told of, in a sentence.
     """
 
     findings: list[Finding]
     n_studies: int
     n_trials: int
     n_records: int
+    not_counted: str | None = None
 
     @property
     def by_severity(self) -> dict[str, int]:
@@ -67,8 +69,9 @@ def check(
             if n % 10_000 == 0:
                 progress(n)
         return Report(findings, len(audit.studies), audit.n_trials, audit.n_records)
-    if any(finding.kind in _UNREADABLE for finding in findings):
-        return Report(findings, 0, 0, 0)
+    kinds = {finding.kind for finding in findings}
+    if not kinds.isdisjoint(_UNREADABLE):
+        return Report(findings, 0, 0, 0, _OLDER if "schema-version" in kinds else _DAMAGED)
     scan = Scan(log)
     n_trials = 0
     if deep or not isinstance(log, Inspectable):
@@ -84,6 +87,12 @@ def check(
 
 
 _UNREADABLE: Final = ("file-damaged", "table-missing", "column-missing")
+
+_DAMAGED: Final = "Studies are not counted: what is damaged holds them."
+_OLDER: Final = (
+    "Studies are not counted: the tables are of another version. "
+    "`trialstore upgrade` brings older ones up."
+)
 
 
 def _of_image(image: r.PutTrial, n_objectives: int) -> Iterator[Finding]:
@@ -197,6 +206,8 @@ class Audit:
                 yield from self._create_trial(record, self.studies[record.study_id])
         elif not isinstance(record, r.Ignored):
             yield from self._write_trial(record)
+        elif record.left_out:
+            yield "value-unreadable", f"What it says is left out: {record.left_out}."
 
     def _create_study(self, record: r.CreateStudy) -> Iterator[tuple[str, str]]:
         if record.study_name in self._names:

@@ -22,8 +22,15 @@ def describe(log: Log) -> Description:
         As ``Log.exchange``.
     """
     facts = log.facts() if isinstance(log, Described) else {"kind": type(log).__name__}
-    if facts.get("schema_version") != facts.get("schema_version_expected"):
-        return {**facts, "studies": []}  # tables that are not there, or of another shape
+    version, expected = facts.get("schema_version"), facts.get("schema_version_expected")
+    if version != expected:
+        why = (
+            "Studies are not shown: there are no tables of Optuna."
+            if version is None
+            else f"Studies are not shown: the tables are of version {version}, not {expected}. "
+            "`trialstore upgrade` brings older ones up."
+        )
+        return {**facts, "studies": [], "not_shown": why}
     scan = Scan(log)
     studies = []
     for study in scan.studies:

@@ -139,15 +139,25 @@ def read(path: Path, name: str | None = None) -> tuple[r.PutStudy, Iterator[r.Pu
 def _read_jsonl(path: Path) -> tuple[Any, Iterable[dict[str, Any]]]:
     def rows() -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
+            for number, line in enumerate(file, 1):
+                row = _object(line, path, number)
                 row.pop("study", None)
                 if row:
                     yield row
 
     with path.open(encoding="utf-8") as file:
         line = file.readline()
-    return (json.loads(line) if line.strip() else {}).get("study"), rows()
+    return (_object(line, path, 1) if line.strip() else {}).get("study"), rows()
+
+
+def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is cut or damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}, line {number}: this was not written by `trialstore export`.")
+    return found
 
 
 def _image(row: dict[str, Any], path: Path) -> r.PutTrial:

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 import os
 from pathlib import Path
+import shutil
+import stat
 
 import msgspec
 
 from trialstore import records as r
 from trialstore.errors import IncompatibleSchemaError
 from trialstore.log import CompactableLog, Entries
+from trialstore.logs.file import FileLog, system
 from trialstore.logs.relational.log import TablesLog
 from trialstore.logs.relational.mending import mend_tables
 from trialstore.replica import Replica
@@ -40,33 +43,120 @@ def repair_journal(log: Entries, path: Path) -> Repaired:
 
     Args:
         log: The damaged one; it is only read. Nobody should write to it meanwhile.
-        path: Of the new file, which must not exist.
+        path: Of the new file, which must not exist. Who may open a damaged file may open it.
 
     Raises:
         FileExistsError: It does.
         ValueError: The journal was trimmed: most of it is in a snapshot.
         LogUnavailableError: The damaged journal can't be read.
     """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; name another file with --output.")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        if isinstance(log, FileLog):
+            make_like(unfinished, Path(log.path))
+        repaired = _write(log, unfinished)
+        _link(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return repaired
+
+
+def replace_journal(log: FileLog) -> tuple[Path, Repaired]:
+    """Put the journal that a damaged one should have been in its place.
+
+    The damaged one is kept as ``….damaged``. One of the two is at the path at any moment.
+
+    Args:
+        log: The damaged one. Nobody should write to it meanwhile.
+
+    Returns:
+        Where the journal is, and what was done.
+
+    Raises:
+        As ``repair_journal``; FileExistsError if there is a ``….damaged`` already.
+        PermissionError: The journal's group would be locked out of the new one.
+    """
+    path = Path(log.path)
+    damaged = path.with_name(path.name + ".damaged")
+    if damaged.exists():
+        raise FileExistsError(f"{damaged} exists already; move it away.")
+    mended = path.with_name(f".{path.name}.{os.getpid()}.mended")
+    try:
+        if not make_like(mended, path):
+            raise PermissionError(
+                f"The group of {path} has rights that this user can't give to the new file. Let a "
+                "member of the group repair it, or leave out --in-place."
+            )
+        repaired = _write(log, mended)
+        _link(path, damaged)
+        try:
+            mended.replace(path)
+        except OSError:
+            damaged.unlink()
+            raise
+        system.sync_folder(str(path))
+    finally:
+        mended.unlink(missing_ok=True)
+    return path, repaired
+
+
+def make_like(path: Path, other: Path) -> bool:
+    """Make an empty file that those may open who may open another, and its owner may write.
+
+    Returns:
+        False: This user can't give it to the other's group; it is the owner's alone.
+
+    Raises:
+        FileExistsError: There is one.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.BINARY, 0o600)
+    try:
+        is_shared = system.share_like(fd, str(other))
+    finally:
+        os.close(fd)
+    path.chmod(path.stat().st_mode | stat.S_IRUSR | stat.S_IWUSR)  # backups are often read-only
+    return is_shared
+
+
+def _write(log: Entries, path: Path) -> Repaired:
+    """Write to a file what is left of a journal."""
     if isinstance(log, CompactableLog) and log.load_base().snapshot is not None:
         raise ValueError("The journal was trimmed; `trialstore copy` reads what it holds.")
     fills = _positions_to_fill(log)
     done: list[str] = []
     given_up: list[str] = []
     audit = Audit(Replica())
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; name another file with --output.")
-    try:
-        with unfinished.open("xb") as file:
-            for salvaged in map(read_entry, log.entries()):
-                for line in _kept(salvaged, audit, fills, done, given_up):
-                    file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(unfinished, path)  # unlike a rename, it replaces nothing
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        for salvaged in map(read_entry, log.entries()):
+            for line in _kept(salvaged, audit, fills, done, given_up):
+                file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
     return Repaired(done, given_up)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file another name, which must be free; unlike a rename, this replaces nothing.
+
+    Where the file system has no links, the name is that of a copy.
+    """
+    try:
+        os.link(path, name)
+        return
+    except FileExistsError:
+        raise
+    except OSError:
+        make_like(name, path)
+    try:
+        with path.open("rb") as source, name.open("r+b") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+    except OSError:
+        name.unlink()
+        raise
 
 
 def repair_tables(log: TablesLog) -> Repaired:

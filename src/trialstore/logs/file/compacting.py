@@ -1,12 +1,10 @@
 """A compacted journal takes the place of the file, while others go on appending.
 
-Of the file itself: to replace a symlink to it would leave those who opened it otherwise behind.
-
 Source: docs/formats/journal.md, "Compaction"; rename(2).
 """
 
 # Which system calls are made, and in what order, is the subject here; pathlib hides it.
-# ruff: noqa: PTH105, PTH108
+# ruff: noqa: PTH105, PTH108, PTH116
 
 from __future__ import annotations
 
@@ -37,10 +35,10 @@ def compact(journal: JournalFile, make: Callable[[], Compaction]) -> None:
 
     Raises:
         LogUnavailableError, LogCorruptError: Nothing was changed.
-        CompactionRefusedError: Likewise; the journal's group would be locked out.
+        CompactionRefusedError: Likewise; the journal's group would be locked out, or the file has
+            another name, which would lead to the old one.
     """
-    target = os.path.realpath(journal.path)
-    unfinished = target + ".compacting"
+    unfinished = journal.path + ".compacting"
     with journal.unavailable("can't be compacted"):
         fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | system.BINARY, 0o600)
         try:
@@ -49,7 +47,7 @@ def compact(journal: JournalFile, make: Callable[[], Compaction]) -> None:
             try:
                 position = _write_compacted(journal, fd, make())
                 if position.number:
-                    _put_in_place(journal, fd, position, unfinished, target)
+                    _put_in_place(journal, fd, position, unfinished)
             finally:
                 # Else it is the journal by now, and there may be another one's.
                 if system.is_at(fd, unfinished):
@@ -86,17 +84,15 @@ def _write_compacted(journal: JournalFile, fd: int, made: Compaction) -> Positio
     return position
 
 
-def _put_in_place(
-    journal: JournalFile, fd: int, position: Position, unfinished: str, target: str
-) -> None:
-    """Let the new file take the place of the journal, with what came after ``position``.
-
-    Args:
-        unfinished: Where the new file is.
-        target: Where the journal is, behind all symlinks.
-    """
+def _put_in_place(journal: JournalFile, fd: int, position: Position, unfinished: str) -> None:
+    """Let the new file take the place of the journal, with what came after ``position``."""
     with journal.mutex:
-        if not system.share_like(fd, target):
+        if os.stat(journal.path).st_nlink > 1:
+            raise CompactionRefusedError(
+                f"{journal.path}: the file has more names than this one (hard links), under which "
+                "the old one would be kept and written to. Remove them first."
+            )
+        if not system.share_like(fd, journal.path):
             raise CompactionRefusedError(
                 f"{journal.path}: its group has rights that this user can't give to the new file, "
                 "and would be locked out. Let a member of the group compact it."
@@ -118,7 +114,7 @@ def _put_in_place(
                 raise OSError(errno.ENOENT, "was removed", unfinished)
             if os.name == "nt":
                 journal.release_descriptor()  # what is open can't be replaced there
-            os.replace(unfinished, target)
+            os.replace(unfinished, journal.path)
             # A crash before the sync may bring the old file back, in which nothing is missing
             # as long as nobody could append to the new one.
             system.sync_folder(journal.path)

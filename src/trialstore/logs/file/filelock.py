@@ -25,7 +25,7 @@ Source: docs/formats/journal.md, "Locks"; flock(2), link(2); Optuna ``JournalFil
 """
 
 # Which system calls are made, and in what order, is the subject here; pathlib hides it.
-# ruff: noqa: PTH100, PTH104, PTH108, PTH116, PTH118, PTH120, PTH123, PTH208
+# ruff: noqa: PTH104, PTH108, PTH116, PTH118, PTH120, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -219,8 +219,8 @@ class _FileLock(BaseJournalFileLock):
                     stacklevel=2,
                 )
         self.grace_period = grace_period
-        # A later chdir must not make two locks of one.
-        self._lock_path = os.path.abspath(filepath) + ".lock"
+        # Neither a later chdir nor a symlink to the journal must make two locks of one.
+        self._lock_path = os.path.realpath(filepath) + ".lock"
         self._queue_path = self._lock_path + ".queue"
         self._clock = clock
         self._begin()
@@ -236,6 +236,7 @@ class _FileLock(BaseJournalFileLock):
         self._owner: _Identity | None = None  # of the lock file that we made
         self._owner_path = ""  # of the owner file, once we have made one
         self._owner_text = b""
+        self._at_end: weakref.finalize[Any, Any] | None = None
         self._swept = False
         self._claims_seen: set[str] = set()
         _locks.add(self)
@@ -508,7 +509,9 @@ class _FileLock(BaseJournalFileLock):
         self._owner_text = self._owner_contents(token)
         self._owner_path = f"{self._lock_path}.{token}.owner"
         _write_new(self._owner_path, self._owner_text)
-        weakref.finalize(self, _remove_at_end, self._owner_path, os.getpid())
+        if self._at_end is not None:
+            self._at_end.detach()
+        self._at_end = weakref.finalize(self, _remove_at_end, self._owner_path, os.getpid())
 
     def _open_lock_file(self) -> _Identity | None:
         # Killed in the middle of it, we leave a lock file without a name, which is evicted after

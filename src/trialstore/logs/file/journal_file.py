@@ -81,7 +81,7 @@ class Lines(NamedTuple):
     """What is appended in one write.
 
     Args:
-        data: Whole lines.
+        data: Whole lines; none if they are there already.
         decoded: What a reader will make of them; to find that out later would be too late.
         durable: They have to be synced.
     """
@@ -98,7 +98,7 @@ class JournalFile:
     has an argument ``end`` wants the size that ``open`` returned.
 
     Args:
-        path: Absolute.
+        path: Absolute, and behind all symlinks.
         lock: What whoever appends takes.
         durability: "full" survives power loss; "process" only the death of processes.
     """
@@ -303,7 +303,12 @@ class JournalFile:
                 news, position, end = self._read_and_settle(position, end, decode)
                 seen = caught_up + news
                 lines = lines_of(seen, position)
-                if lines is None:
+                if lines is None or not lines.data:
+                    # What is there already may not be on the disk: an attempt before this one may
+                    # have come as far as that.
+                    if self._sync_failed or (lines is not None and lines.durable):
+                        self._repair()
+                        self._sync()
                     return seen, [], position
                 data, own, durable = lines
                 self.check_writable()

@@ -6,8 +6,7 @@ which an earlier attempt appended is not appended again.
 Source: docs/formats/journal.md; Optuna ``JournalFileBackend``.
 """
 
-# The path is made absolute as ``os`` does it, which follows no link.
-# ruff: noqa: PTH100, PTH116
+# ruff: noqa: PTH116
 
 from __future__ import annotations
 
@@ -61,8 +60,8 @@ class FileLog(BaseJournalBackend):
     ) -> None:
         if durability not in ("full", "process"):
             raise ValueError(f"durability must be 'full' or 'process', not {durability!r}.")
-        # A later chdir must not make two files of one.
-        path = os.path.abspath(os.fspath(file_path))
+        # Neither a later chdir nor a symlink must make two journals of one, with two locks.
+        path = os.path.realpath(os.fspath(file_path))
         lock = lock_obj if lock_obj is not None else JournalFileSymlinkLock(path)
         self._begin(path, lock, durability)
         with self._file.unavailable("can't be opened"):
@@ -88,7 +87,7 @@ class FileLog(BaseJournalBackend):
 
     @property
     def path(self) -> str:
-        """Absolute path of the journal."""
+        """Absolute path of the journal, behind all symlinks."""
         return self._file.path
 
     # --- Log ---------------------------------------------------------------------------------
@@ -114,10 +113,10 @@ class FileLog(BaseJournalBackend):
             lines = self._lines_of(records)
             self._beats.cover(records)
 
-            def lines_of(seen: list[Any], position: Position) -> Lines | None:
+            def lines_of(seen: list[Any], position: Position) -> Lines:
                 fresh = _without(records, seen)
                 if len(fresh) < len(records):
-                    return self._lines_of(fresh) if fresh else None
+                    return self._lines_of(fresh) if fresh else Lines(b"", [], lines.durable)
                 return lines
 
             seen, own, position = self._file.append(lines_of, position, decode_chunk)

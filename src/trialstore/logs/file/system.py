@@ -36,10 +36,10 @@ def sync_fd(fd: int) -> None:
 
 
 def sync_folder(path: str) -> None:
-    """Make the file's entry in its folder survive power loss; not that of a symlink to it."""
+    """Make the file's entry in its folder survive power loss."""
     if os.name == "nt":
         return
-    fd = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         sync_fd(fd)
     finally:

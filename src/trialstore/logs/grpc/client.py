@@ -19,6 +19,7 @@ import logging
 import os
 from pathlib import Path
 import random
+import threading
 from typing import Any, Final, TypeVar
 import uuid
 
@@ -99,7 +100,8 @@ class Credentials:
         certificate_file: PEM certificate of this client, for a server that asks for one.
         key_file: Its private key.
         token: Bearer token; better in a file, because a pickle carries it along.
-        token_file: File that holds the token; read at each connection.
+        token_file: File that holds the token; read at each connection, and again when a server
+            refuses what it said.
     """
 
     def __init__(
@@ -159,8 +161,10 @@ class GrpcLog:
         host: Where the server listens.
         port: Its port.
         credentials: What to show and whom to trust.
-        retry_deadline_s: For how long an exchange tries again before it gives up.
-        call_timeout_s: For how long one attempt waits; doubled for each further one.
+        retry_deadline_s: For how long an exchange tries again before it gives up, counted from the
+            last part of an answer that has come.
+        call_timeout_s: For how long one attempt waits for an answer, or for each part of a long
+            one; doubled for each further attempt.
         clock: Replaced in tests.
     """
 
@@ -195,6 +199,9 @@ class GrpcLog:
         # By these two a server tells a repetition from another exchange.
         self._sender = uuid.uuid4().hex
         self._n_sent = 0
+        # How far the answer of the present call has come, and when.
+        self._n_parts_max = 0
+        self._heard_at_s = 0.0
         # Marks of records that may have been appended by a call that was given up.
         self._unsettled: set[tuple[str, int]] = set()
         self._leased: set[str] = set()
@@ -350,11 +357,12 @@ class GrpcLog:
         def read(timeout_s: float, again: bool) -> Batch:
             news: list[Record] = []
             cursor, outcomes = b"", None
-            for reply in self._stream("Read", request, timeout_s):
-                for part in reply.news:
-                    news += payload.unpack_records(part)
-                cursor = reply.cursor or cursor
-                outcomes = payload.unpack_outcomes(reply.outcomes) or outcomes
+            with self._stream("Read", request, timeout_s) as replies:
+                for reply in replies:
+                    for part in reply.news:
+                        news += payload.unpack_records(part)
+                    cursor = reply.cursor or cursor
+                    outcomes = payload.unpack_outcomes(reply.outcomes) or outcomes
             return Batch(outcomes, news, cursor or START)
 
         try:
@@ -385,7 +393,7 @@ class GrpcLog:
                 f"{self!r} is a plain Optuna server, which can't append on a condition: exact "
                 "budgets and queues need run_grpc_proxy_server of trialstore."
             )
-        expected = payload.digest_of_payloads(())
+        expected = payload.digest((), wanted)
         give_up_at = self._clock.now_s() + self._retry_deadline_s
         while True:
             records = list(decide(batch.news, batch.cursor))
@@ -395,10 +403,10 @@ class GrpcLog:
             request = self._request(packed, records, batch.cursor, wanted)
             request.expected = expected
             reply = self._send(request, records)
-            expected = payload.digest_of_payloads(reply.news)
             batch = self._batch(reply, request, records, wanted)
             if not reply.refused:
                 return batch
+            expected = payload.digest(batch.news, wanted)
             if self._clock.now_s() > give_up_at:
                 raise LogUnavailableError(
                     f"{self!r}: for {self._retry_deadline_s} s somebody else always came between; "
@@ -512,10 +520,13 @@ class GrpcLog:
         """The parts of what the server keeps beside its records; none from a plain Optuna one."""
         if self._foreign is not None:
             return []
+
+        def read(timeout_s: float, again: bool) -> list[Any]:
+            with self._stream("Snapshot", request, timeout_s) as replies:
+                return list(replies)
+
         try:
-            return self._persistently(
-                lambda timeout_s, _: list(self._stream("Snapshot", request, timeout_s))
-            )
+            return self._persistently(read)
         except _FailedError as failed:
             error = self._final_error(failed, unknown=False)
             if not isinstance(error, _NoLogServiceError):
@@ -558,13 +569,61 @@ class GrpcLog:
             }
         return self._calls[name]
 
+    def _has_new_token(self) -> bool:
+        """Read the token again: gRPC reconnects by itself to a server that wants another one."""
+        try:
+            metadata = self._credentials.metadata()
+        except (OSError, ValueError):
+            return False
+        before, self._metadata = self._metadata, metadata
+        return metadata != before
+
     def _unary(self, name: str, request: Any, timeout_s: float) -> Any:
         return self._call(name)(request, timeout=timeout_s, metadata=self._metadata)
 
-    _stream = _unary
+    @contextlib.contextmanager
+    def _stream(self, name: str, request: Any, timeout_s: float) -> Iterator[Iterator[Any]]:
+        """The parts of an answer, which may take as long as it likes while they keep coming.
+
+        Args:
+            timeout_s: For how long to wait for each.
+        """
+        call = self._call(name)(request, metadata=self._metadata)
+        try:
+            yield self._parts(call, timeout_s)
+        finally:
+            call.cancel()  # nothing, to one that has ended
+
+    def _parts(self, call: Any, timeout_s: float) -> Iterator[Any]:
+        n_parts, stands_still = 0, threading.Event()
+
+        def end() -> None:
+            stands_still.set()
+            call.cancel()
+
+        while True:
+            timer = threading.Timer(timeout_s, end)
+            timer.daemon = True
+            timer.start()
+            try:
+                part = next(call, None)
+            except grpc.RpcError as error:
+                if stands_still.is_set():
+                    raise _StandstillError() from error
+                raise
+            finally:
+                timer.cancel()
+            if part is None:
+                return
+            n_parts += 1
+            if n_parts > self._n_parts_max:
+                self._n_parts_max, self._heard_at_s = n_parts, self._clock.now_s()
+            yield part
 
     def _persistently(self, attempt: Callable[[float, bool], _T], *, once: bool = False) -> _T:
         """The answer of the first attempt that gets one.
+
+        The deadline counts from the last part that came, unless an earlier attempt got further.
 
         Args:
             attempt: Called with its timeout, and whether an earlier one may have been carried out.
@@ -573,21 +632,24 @@ class GrpcLog:
         Raises:
             _FailedError: With the status of the last attempt.
         """
-        give_up_at = self._clock.now_s() + self._retry_deadline_s
+        self._here()  # or a child would begin anew in the middle of its first attempt
+        self._n_parts_max, self._heard_at_s = 0, self._clock.now_s()
         pause_s, timeout_s, again = _PAUSE_FIRST_S, self._call_timeout_s, False
         while True:
-            remaining_s = give_up_at - self._clock.now_s()
+            remaining_s = self._heard_at_s + self._retry_deadline_s - self._clock.now_s()
             try:
                 return attempt(max(min(timeout_s, remaining_s), 0.001), again)
             except grpc.RpcError as error:
                 failure = error
+            if failure.code() == grpc.StatusCode.UNAUTHENTICATED and self._has_new_token():
+                continue
             again = again or status.may_have_arrived(failure)
             # With jitter, or those whose server came back all come at once.
             pause_now_s = pause_s * (0.5 + random.random())
             if (
                 not status.is_transient(failure)
                 or (once and again)
-                or self._clock.now_s() + pause_now_s > give_up_at
+                or self._clock.now_s() + pause_now_s > self._heard_at_s + self._retry_deadline_s
             ):
                 raise _FailedError(failure, again)
             if failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -657,6 +719,19 @@ class _FailedError(Exception):
 
 class _NoLogServiceError(Exception):
     pass
+
+
+class _StandstillError(grpc.RpcError):  # type: ignore[misc]
+    """No part of a stream came in time; to be treated as a call without an answer."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+
+    def details(self) -> str:
+        return "No further part of the answer came in time"
+
+    def trailing_metadata(self) -> None:
+        return None
 
 
 def _owed(records: Sequence[AnyOperation], outcomes: Sequence[Outcome]) -> Wanted:

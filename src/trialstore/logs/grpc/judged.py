@@ -295,7 +295,7 @@ class _Opening(NamedTuple):
 
 def _exchange_if(log: Log, request: Request, cursor: Cursor, wanted: Wanted) -> Answer:
     """Images of what is RUNNING come again with each answer, changed or not: the news are compared
-    as a whole with those that the client has decided on."""
+    as a whole with those that the client has decided on, but for what such a trial reports."""
     told: list[Packed] = []
     end, refused = cursor, False
 
@@ -303,7 +303,7 @@ def _exchange_if(log: Log, request: Request, cursor: Cursor, wanted: Wanted) -> 
         nonlocal end, refused
         packed = pack(news)
         told.extend(packed)
-        end, refused = after, refused or digest(packed) != request.expected
+        end, refused = after, refused or digest(unpacked(packed), wanted) != request.expected
         return () if refused else request.records
 
     if isinstance(log, ConditionalLog):

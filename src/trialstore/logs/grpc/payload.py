@@ -17,13 +17,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from trialstore.log import NOTHING, START, Cursor, Marks, Wanted
-from trialstore.records import AnyOperation, Outcome, Record
+from trialstore.records import RUNNING, AnyOperation, Outcome, PutParam, PutTrial, Record
 
 _T = TypeVar("_T")
 
 _ARRAY: Final = b"M\xdd"  # msgpack's array with a length of 4 bytes, so that lengths can be added
 _ARRAY_LEN: Final = len(_ARRAY) + 4
-_ONE_PAYLOAD: Final = 1 << 62
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _operations_decoder: Final = msgspec.msgpack.Decoder(list[AnyOperation])
@@ -72,14 +71,37 @@ def payloads(runs: Iterable[Packed], n_bytes_max: int) -> Iterable[bytes]:
         yield _ARRAY + count.to_bytes(4, "big") + b"".join(parts)
 
 
-def digest(news: Sequence[Packed]) -> bytes:
-    """What a client says of the news that it has decided on; see ``log.proto``."""
-    return digest_of_payloads(payloads(news, _ONE_PAYLOAD))
+def digest(news: Iterable[Record], wanted: Wanted) -> bytes:
+    """What a client says of the news that it has decided on; see ``log.proto``.
+
+    Args:
+        news: As they come out of payloads, on either side: unpacked, a whole number may have
+            become a float.
+        wanted: Names the trials of which everything counts, and parameters.
+    """
+    found = hashlib.sha256()
+    for record in news:
+        for run in pack(_decisive(record, wanted)):
+            found.update(run.joined or run.json)
+    return found.digest()
 
 
-def digest_of_payloads(parts: Iterable[bytes]) -> bytes:
-    """The same, of news as they came."""
-    return hashlib.sha256(b"".join(parts)).digest()
+def _decisive(record: Record, wanted: Wanted) -> list[Record]:
+    """What of a record can change a decision: what a RUNNING trial reports of itself counts as
+    later, unless it is asked about."""
+    if isinstance(record, PutParam):
+        return [record] if (record.study_id, record.param_name) in wanted.params else []
+    if (
+        not isinstance(record, PutTrial)
+        or record.state != RUNNING
+        or record.trial_id in wanted.trials
+        or (record.study_id, record.number) in wanted.numbers
+    ):
+        return [record]
+    decisive = msgspec.structs.replace(
+        record, params={}, distributions=[], user_attrs={}, intermediate_values={}
+    )
+    return [decisive]
 
 
 def pack_records(records: Sequence[Record]) -> bytes:

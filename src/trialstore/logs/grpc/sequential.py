@@ -201,6 +201,10 @@ class SequentialShare:
             if isinstance(record, Operation):
                 wanted.discard((record.worker_id, record.seq))
         missing = [record for record in request.records if _mark(record) in wanted]
+        if not missing and isinstance(self.log, ConditionalLog):
+            # An attempt whose sync failed may have put them there: a look with the lock makes
+            # that good.
+            self.log.exchange_if(lambda *_: (), unpack_cursor(self._tail.head), NOTHING)
         if missing:
             if not request.is_alive():
                 raise abandoned()
@@ -229,7 +233,8 @@ class SequentialShare:
             self._tail.add(pack(news), pack_cursor(cursor))
             newer = self._tail.since(request.cursor)
             refused = newer is None or (
-                digest(newer) != request.expected and _touch(unpacked(newer), request.wanted)
+                digest(unpacked(newer), request.wanted) != request.expected
+                and _touch(unpacked(newer), request.wanted)
             )
             appended = () if refused else records
             return appended

@@ -57,7 +57,7 @@ from trialstore.logs.redis.keys import Keys
 from trialstore.logs.redis.leases import Leases
 from trialstore.logs.redis.listening import Ear
 from trialstore.logs.redis.locks import RELEASE_SCRIPT
-from trialstore.logs.redis.position import BEGIN, Position, position_after, tail_of
+from trialstore.logs.redis.position import BEGIN, Position, identity_of, position_after
 from trialstore.logs.redis.reading import ANSWER_RECORDS, Reader, raise_appended
 from trialstore.logs.redis.snapshots import Snapshots
 from trialstore.records import AnyOperation, encode_dict, encode_line
@@ -430,7 +430,7 @@ class RedisLog(BaseJournalBackend):
         if position.identity != head.of[0] or position.number < end:
             self._reader.raise_compacted(position.number)
         tail = position.tail if position.number > end else ""
-        return Position(begin + position.number - end, tail, tail_of(first))
+        return Position(begin + position.number - end, tail, identity_of(first))
 
     # --- LeaseStore --------------------------------------------------------------------------
 

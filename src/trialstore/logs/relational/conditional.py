@@ -63,7 +63,7 @@ class ConditionalExchange(Exchange):
         raise error
 
     def _attempt(self) -> Batch:
-        session = self.connection.session()
+        session = self.connection.session(puts_mark=not self.sent)
         if self.sent:
             self._recover(session)
         if self.outcomes is None:

@@ -21,7 +21,7 @@ from sqlalchemy.util import asbool
 
 from trialstore.clock import Clock
 from trialstore.credentials import Secret
-from trialstore.errors import LogUnavailableError
+from trialstore.errors import LogCorruptError, LogUnavailableError
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.dialects import (
     Dialect,
@@ -201,20 +201,26 @@ class Connection:
         named.update(options.get("connect_args", {}), **self.dialect.session_arguments)
         return engine.dialect.connect(*positional, **named)
 
-    def session(self) -> Session:
-        """The session of this process; connects, and on first use creates and checks tables."""
+    def session(self, *, puts_mark: bool = True) -> Session:
+        """The session of this process; connects, and on first use creates and checks tables.
+
+        Args:
+            puts_mark: Whether a mark that is gone is put back where we connect again. Not before
+                it was asked: a new one would tell that nothing has happened.
+        """
         if self._pid != os.getpid():
             self._leave_inherited()
         if self._session is None:
-            self._connect()
+            self._connect(puts_mark)
         assert self._session is not None
         return self._session
 
-    def _connect(self) -> None:
+    def _connect(self, puts_mark: bool) -> None:
         fresh = self.dialect.name == "sqlite" and _wants_wal(self.engine.url, self.engine_kwargs)
         self.standing = None
         raw = self._open_connection()
         session = self.dialect.session(raw)
+        lacks_mark = self.dialect.keeps_marks and (puts_mark or not self.has_mark)
         try:
             self.dialect.prepare(raw)
             if self.dialect.name == "sqlite":
@@ -225,6 +231,7 @@ class Connection:
                     self._fill(raw, self._contents)
             if not self._prepared and self.dialect.keeps_marks:
                 self._prepared = self.has_mark = self.schema.open_at_once(session, self.session_id)
+                lacks_mark = not self.has_mark
             if not self._prepared:
                 self.schema.prepare(
                     session,
@@ -232,7 +239,7 @@ class Connection:
                     check=not self.skip_compatibility_check,
                 )
                 self._prepared = True
-            if self.dialect.keeps_marks and not self.has_mark:
+            if lacks_mark:
                 self.has_mark = self.schema.open_mark(
                     session, self.session_id, not self.skip_table_creation
                 )
@@ -266,6 +273,7 @@ class Connection:
 
         Raises:
             LogUnavailableError: With the driver's error as its cause.
+            LogCorruptError: The file is no database, or damaged.
         """
         deadline_s = self.retry_deadline_s if deadline_s is None else deadline_s
         try:
@@ -293,6 +301,8 @@ class Connection:
                     self.rollback()
                 else:
                     self.rollback()
+                    if fault is Fault.CORRUPT:
+                        raise self._corrupt(driver_error) from driver_error
                     if self._is_drivers(driver_error):
                         raise self.unavailable(driver_error) from driver_error
                     raise
@@ -326,6 +336,13 @@ class Connection:
         return LogUnavailableError(
             f"{self!r} could not be used, nothing was stored; the call may be made "
             f"again. Cause: {type(error).__name__}: {self.clean(error)}"
+        )
+
+    def _corrupt(self, error: BaseException) -> LogCorruptError:
+        return LogCorruptError(
+            f"SQLite can't read this file ({self.clean(error)}). Restore a backup, or save what "
+            "can be read with `sqlite3 FILE .recover`.",
+            source=self.engine.url.database or repr(self),
         )
 
     def clean(self, error: BaseException) -> str:

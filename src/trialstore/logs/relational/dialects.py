@@ -39,6 +39,7 @@ class Fault(enum.Enum):
     NO_TABLE = "a table is missing"
     DENIED = "the user may not do this"
     EXISTS = "somebody else has just created it"
+    CORRUPT = "the file is no database, or damaged"
     OTHER = "anything else"
 
 
@@ -70,6 +71,8 @@ class Dialect:
     where the database does not tell."""
     integer_max = 2**31 - 1
     nul_in_text = True
+    name_len_max: int | None = t.NAME_LEN_MAX
+    """So many letters fit a column of names or keys; None where they have no end."""
     text_bytes_sure: int | None = None
     """So many bytes fit every column of text; None where they have no end."""
     whole_seconds = False
@@ -344,6 +347,10 @@ class QueueingSession(Session):
             self._queue.close()
 
 
+# SQLite's texts for NOTADB and CORRUPT, whose codes Python tells from 3.11 on.
+_SQLITE_CORRUPT: Final = ("not a database", "disk image is malformed", "malformed database schema")
+
+
 class SQLite(Dialect):
     """The driver of the standard library; no server, hence no round trips and no lost answers."""
 
@@ -359,6 +366,7 @@ class SQLite(Dialect):
     begin_read = plain("BEGIN")
     others_wrote = Step(Compiled("PRAGMA data_version", (), 1), ())
     integer_max = 2**63 - 1
+    name_len_max = None
     whole_seconds = True
 
     def since_beat_s(self, column: Any) -> Any:
@@ -417,6 +425,8 @@ class SQLite(Dialect):
             return Fault.FENCED
         if "already exists" in text:
             return Fault.EXISTS
+        if any(part in text for part in _SQLITE_CORRUPT):
+            return Fault.CORRUPT
         return Fault.OTHER
 
 
@@ -567,13 +577,15 @@ class Psycopg2(PostgreSQL):
 
 
 def _settings(raw: Any) -> str:
-    """Have no table read as a whole: a plan made while it was small would go on to.
+    """Have no table read as a whole: a plan made while it was small would go on to. Have floats
+    come with all their digits.
 
     Only where the session is ours. A pooler lends it to others as well, and calls itself by
     another number; that of PgBouncer is a random one.
     """
     return (
-        "SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false) "
+        "SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false), "
+        "set_config('extra_float_digits', '3', false) "
         f"WHERE pg_backend_pid() = {raw.info.backend_pid}"
     )
 
@@ -706,10 +718,11 @@ class MySQL(Dialect):
 
     def prepare(self, raw: Any) -> None:
         # READ COMMITTED: a snapshot kept for the whole transaction is older than the locks.
-        # Strict: a value that does not fit fails instead of being cut.
+        # Strict: a value that does not fit fails instead of being cut. No other mode, whatever the
+        # server begins with: one takes "" for NULL. Safe updates refuse a DELETE by time.
         raw.cursor().execute(
             "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;"
-            "SET SESSION sql_mode = CONCAT_WS(',', @@sql_mode, 'STRICT_ALL_TABLES'),"
+            "SET SESSION sql_mode = 'STRICT_ALL_TABLES', sql_safe_updates = 0,"
             "group_concat_max_len = 1048576, innodb_lock_wait_timeout = 50"
         )
         with contextlib.suppress(AttributeError):

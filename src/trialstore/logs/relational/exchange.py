@@ -98,6 +98,8 @@ class Exchange:
         """Whether a COMMIT is out whose answer we don't have."""
         self.marked = False
         """Whether that COMMIT carried the mark."""
+        self.was_lost = False
+        """Whether the answer to a COMMIT of any attempt was lost."""
         self.stepwise = False
         """Whether a message was refused, so that we look for the record that was at fault."""
         self.has_begun = False
@@ -128,7 +130,7 @@ class Exchange:
                 self.connection.renew_session()
 
     def _attempt(self) -> Batch:
-        session = self.connection.session()
+        session = self.connection.session(puts_mark=not self.sent)
         if self.sent:
             self._recover(session)
         if self.tried and self.outcomes is None:
@@ -387,9 +389,10 @@ class Exchange:
         connection = self.connection
         fault = connection.fault(error)
         if fault in (Fault.LOST, Fault.FENCED):
+            self.sent = self._may_have_happened(fault)
             raise error
         connection.rollback()
-        session = connection.session()
+        session = connection.session(puts_mark=False)
         self._recover(session)
         if self.outcomes is not None:
             return self._read(session)
@@ -398,6 +401,15 @@ class Exchange:
             self.has_begun = False
             return self._write_stepwise(session)
         raise error
+
+    def _may_have_happened(self, fault: Fault) -> bool:
+        """Whether the mark is to be asked after an attempt that ended so.
+
+        Turned away by the mark, this attempt has stored nothing. Either one that was lost has
+        come before it, or the mark is gone, and is put back with the next connection.
+        """
+        self.was_lost = self.was_lost or fault is Fault.LOST
+        return self.was_lost and fault in (Fault.LOST, Fault.FENCED)
 
     def _finish(self, session: Session, reading: Reading) -> Reading:
         """The rare second plan, and the ids that came with the images."""
@@ -452,7 +464,7 @@ class Exchange:
             session.run(last)
         except Exception as error:
             # Nothing comes after this COMMIT: if something was refused, it did not happen.
-            self.sent = self.sent and self.connection.fault(error) in (Fault.LOST, Fault.FENCED)
+            self.sent = self.sent and self._may_have_happened(self.connection.fault(error))
             raise
         self.sent = False
         self._committed()

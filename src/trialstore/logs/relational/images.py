@@ -44,6 +44,18 @@ def _json(text: str | None) -> Any:
             return _UNREADABLE
 
 
+def _number(value: Any) -> float | None:
+    """SQLite's columns take anything, and the drivers bring it as it is."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+NO_NUMBER: Final = -1
+"""Of a trial whose number can't be read; without one it has no place in its study."""
+
+
 class TrialRow(msgspec.Struct):
     """A trial's own row, with what the cursor needs of it."""
 
@@ -134,6 +146,9 @@ class Decoder:
         if state < 0:
             self._warn(study_id, trial_id, "its state")
             state = FAIL
+        if type(number) is not int or number < 0:
+            self._warn(study_id, trial_id, "its number, and with it the trial,")
+            number = NO_NUMBER
         if len(params) > 1:
             params.sort()
         image_params = {}
@@ -141,13 +156,14 @@ class Decoder:
         known = self._distributions
         for _, name, value, text in params:
             entry = known.get(text) or self._readable(text)
-            if entry is None or value is None:
+            read = value if type(value) is float else _number(value)
+            if entry is None or read is None or not isinstance(name, str):
                 self._warn(study_id, trial_id, f"parameter {name!r}")
                 continue
-            if entry[1] and not 0 <= value < entry[1]:
+            if entry[1] and not 0 <= read < entry[1]:
                 self._warn(study_id, trial_id, f"parameter {name!r}")
                 continue
-            image_params[name] = float(value)
+            image_params[name] = read
             distributions.append(entry[0])
         image_values: list[float] | None = None
         if values:
@@ -155,20 +171,19 @@ class Decoder:
             read_values: list[float] = []
             image_values = read_values
             for _, _, value, kind in values:
-                read = value if kind == "FINITE" else _INFINITE.get(kind)
-                if read is None or read != read or read == "NaN":
+                read = _number(value) if kind == "FINITE" else _INFINITE.get(kind)
+                if read is None or read != read:
                     self._warn(study_id, trial_id, "its values")
                     image_values = None
                     if state == 1:
                         state = FAIL
                     break
-                read_values.append(float(read))
+                read_values.append(read)
         image_steps = {}
         for step, value, kind in steps:
-            if kind == "FINITE" and value is not None:
-                image_steps[step] = float(value)
-            elif kind in _SPECIAL:
-                image_steps[step] = _SPECIAL[kind]
+            read = _number(value) if kind == "FINITE" else _SPECIAL.get(kind)
+            if read is not None and isinstance(step, int):
+                image_steps[step] = read
             else:
                 self._warn(study_id, trial_id, f"intermediate value {step}")
         image = PutTrial(
@@ -210,7 +225,7 @@ class Decoder:
         for row_id_key_value in rows:
             key, text = row_id_key_value[1], row_id_key_value[3]
             value = _json(text)
-            if value is _UNREADABLE:
+            if value is _UNREADABLE or not isinstance(key, str):
                 self._warn(study_id, trial_id, f"{kind} attribute {key!r}")
             else:
                 found[names.setdefault(key, key)] = value

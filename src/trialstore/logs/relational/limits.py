@@ -107,10 +107,10 @@ def _where(record: Operation) -> str:
 
 
 def _check_text(d: Dialect, text: str, what: str, where: str) -> None:
-    if len(text) > t.NAME_LEN_MAX:
+    if d.name_len_max is not None and len(text) > d.name_len_max:
         raise ValueError(
             f"{where}: {what} ({text[:40]!r}…) has {len(text)} letters, its column holds "
-            f"{t.NAME_LEN_MAX}; use a shorter one."
+            f"{d.name_len_max}; use a shorter one."
         )
     if text.isascii():
         if not d.nul_in_text and "\0" in text:

@@ -29,7 +29,7 @@ from trialstore.logs.relational.cursor import (
     without_ids,
 )
 from trialstore.logs.relational.dialects import Dialect
-from trialstore.logs.relational.images import Decoder
+from trialstore.logs.relational.images import NO_NUMBER, Decoder
 from trialstore.logs.relational.session import Rows, Step
 from trialstore.records import (
     RUNNING,
@@ -105,6 +105,8 @@ class Reading:
         self._put_studies: dict[int, PutStudy] = {}
         self._put_trials: dict[int, PutTrial] = {}
         self._put_params: list[PutParam] = []
+        self._unnumbered: dict[int, list[int]] = {}
+        """Ids of trials that are left out, by study, so that nobody waits for them."""
         self._starts: dict[int, str] = {}  # of images, where ids are used again
         self._takes: list[Any] = []
         self._asked: set[int] = set()
@@ -276,7 +278,8 @@ class Reading:
                 ended |= {one for one in known.held if one <= known.all_id}
                 left += ranges
             else:
-                left += ranges
+                # Who asks for the next ones claims one, and is told then what it has become.
+                (within if study_id in w.waiting_of else left).extend(ranges)
                 queued.append((study_id, known.seen_id))
                 turned |= set(known.held)
         args: dict[str, Any] = {"session": self._wrote.session}
@@ -395,6 +398,9 @@ class Reading:
 
     def _take_trials(self, rows: Rows) -> None:
         for row in self._decoder.trials(rows):
+            if row.image.number == NO_NUMBER:
+                self._unnumbered.setdefault(row.image.study_id, []).append(row.image.trial_id)
+                continue
             self._put_trials[row.image.trial_id] = row.image
             if self._dialect.ids_reused:
                 self._starts[row.image.trial_id] = row.start
@@ -428,7 +434,7 @@ class Reading:
         by_study: dict[int, list[PutTrial]] = {}
         for image in self._put_trials.values():
             by_study.setdefault(image.study_id, []).append(image)
-        for study_id in only or {*by_study, *watched}:
+        for study_id in only or {*by_study, *watched, *self._unnumbered}:
             known = self._after.get(study_id)
             if known is not None:
                 images = by_study.get(study_id, [])
@@ -442,7 +448,8 @@ class Reading:
         if images:
             last_id = max(last_id, max(x.trial_id for x in images))
         if study_id in self._whole:
-            new = sorted(x.trial_id for x in images if x.trial_id > all_id)
+            read = [*(x.trial_id for x in images), *self._unnumbered.get(study_id, ())]
+            new = sorted(trial_id for trial_id in read if trial_id > all_id)
             if self._splits and len(new) >= TRIALS_MAX:
                 # Those beyond, if there are any, came for other reasons.
                 del new[TRIALS_MAX:]

@@ -156,7 +156,8 @@ class Schema:
     @staticmethod
     def _write_version_info(connection: Connection) -> None:
         """What Optuna writes into its own table beside Alembic's."""
-        connection.execute(sa.delete(t.version_info))
+        row = t.version_info.c.version_info_id == 1  # said, because of safe updates on MySQL
+        connection.execute(sa.delete(t.version_info).where(row))
         connection.execute(
             sa.insert(t.version_info).values(
                 version_info_id=1,

@@ -118,22 +118,35 @@ def _above(column: Any, low: Any) -> Any:
     return sa.and_(column > low, column <= _ID_MAX)
 
 
+def _newest_from(study_id: Any, known: Any) -> Any:
+    """Id of the newest trial of a study, which is not below a known one; NULL if all that are not
+    are gone: a failover may have lost them."""
+    c = t.trials.alias().c
+    newest = _select(sa.func.max(c.trial_id)).where(c.study_id == study_id, c.trial_id >= known)
+    return newest.scalar_subquery()
+
+
+def _newest(study_id: Any, known: Any) -> Any:
+    """The same, wherever it is. All of the study is looked at only where nothing was found."""
+    c = t.trials.alias().c
+    of_all = _select(sa.func.max(c.trial_id)).where(c.study_id == study_id)
+    return sa.func.coalesce(_newest_from(study_id, known), of_all.scalar_subquery())
+
+
 def _greatest_number(study_id: Any, known: Any) -> Any:
-    """Number of the newest trial, -1 without one.
+    """Number of the newest trial, -1 without one; the greatest of the study where the newest has
+    none, or the known one is gone.
 
     Only in a statement that runs *after* the one that locks the study: merged with the lock, READ
     COMMITTED counts by a snapshot older than the lock and hands out numbers twice.
     """
-    a, b = t.trials.alias(), t.trials.alias()
-    newest = (
-        _select(sa.func.max(a.c.trial_id))
-        .where(a.c.study_id == study_id, a.c.trial_id >= known)
-        .scalar_subquery()
+    c, every = t.trials.alias().c, t.trials.alias().c
+    newest = _newest_from(study_id, known)
+    number = _select(sa.func.max(c.number)).where(c.study_id == study_id, c.trial_id >= newest)
+    of_all = _select(sa.func.max(every.number)).where(every.study_id == study_id)
+    return sa.func.coalesce(
+        number.scalar_subquery(), of_all.scalar_subquery(), sa.literal_column("-1")
     )
-    number = _select(sa.func.max(b.c.number)).where(
-        b.c.study_id == study_id, b.c.trial_id >= newest
-    )
-    return sa.func.coalesce(number.scalar_subquery(), sa.literal_column("-1"))
 
 
 def facts(d: Dialect, trials: int, studies: int, names: int) -> Any:
@@ -178,35 +191,31 @@ def read_facts(d: Dialect, trials: int, studies: int, names: int) -> Any:
 
 
 def mark(d: Dialect, trials: int, studies: int, names: int, numbered: bool) -> Any:
-    """Claim a number of the session's and keep the facts; fails if it or a greater one is taken.
+    """Claim a number of the session's and keep the facts; fails if it or a greater one is taken,
+    or if the session's row is gone.
 
     The failure is meant: a transaction whose answer was given up for lost, and which the server
     runs after all once we have tried again, or gone on, comes to an error here and takes back
-    everything.
+    everything. Without the row nobody could be told what became of it, nor have a number.
     """
-    c = t.sessions.c
-    found = _greatest_number(_p("numbered_study"), _p("known")) if numbered else sa.null()
-    return (
-        _update(t.sessions)
-        .where(c.session_id == _p("session"))
-        .values(
-            seq=d.value_if(c.seq < _p("seq"), _p("seq")),
-            number=found,
-            facts=facts(d, trials, studies, names),
-            updated_at=sa.func.now(),
-        )
-    )
+    found = d.int_arg(sa.null())
+    if numbered:
+        found = _greatest_number(_p("numbered_study"), _p("known"))
+    return _claim(d, {"number": found, "facts": facts(d, trials, studies, names)})
 
 
 def mark_known(d: Dialect) -> Any:
     """Like ``mark``, with outcomes known already, where we went statement by statement."""
-    c = t.sessions.c
-    seq = d.value_if(c.seq < _p("seq"), _p("seq"))
-    return (
-        _update(t.sessions)
-        .where(c.session_id == _p("session"))
-        .values(seq=seq, facts=_p("facts"), updated_at=sa.func.now())
-    )
+    return _claim(d, {"facts": d.text_arg(_p("facts"))})
+
+
+def _claim(d: Dialect, values: dict[str, Any]) -> Any:
+    # An UPDATE that finds no row is no error, which an INSERT can be.
+    there = t.sessions.alias("told").c.session_id
+    seq = d.value_if(sa.exists().where(there == _p("session")), _p("seq"))
+    row = {"session_id": d.text_arg(_p("session")), "seq": seq, **values, "updated_at": _NOW}
+    source = _select(*row.values()).where(_ONE == _ONE)
+    return d.upsert(t.sessions, list(row), source, 1, fence="seq")
 
 
 def read_mark(d: Dialect) -> Any:
@@ -359,23 +368,15 @@ def insert_trial(d: Dialect, marked: bool) -> Any:
 def newest_trial(d: Dialect) -> Any:
     """Id and number of the trial just inserted into a locked study."""
     c = t.trials.c
-    newest = _select(sa.func.max(c.trial_id)).where(
-        c.study_id == _p("study_id"), c.trial_id >= _p("known")
-    )
-    other = t.trials.alias()
-    return _select(other.c.trial_id, other.c.number).where(
-        other.c.trial_id == newest.scalar_subquery()
-    )
+    return _select(c.trial_id, c.number).where(c.trial_id == _newest(_p("study_id"), _p("known")))
 
 
 def _owner(columns: Sequence[Any], of: str, states: Sequence[str] = _UNFINISHED) -> Any:
     """A row of ``columns`` for a trial: by id and in ``states``, or the newest of a study."""
     c = t.trials.c
     if of == "newest":
-        newest = _select(sa.func.max(c.trial_id).label("trial_id")).where(
-            c.study_id == _p("study_id"), c.trial_id >= _p("known")
-        )
-        made = newest.subquery()
+        newest = _newest(_p("study_id"), _p("known"))
+        made = _select(newest.label("trial_id")).subquery()
         return _select(made.c.trial_id, *columns).where(made.c.trial_id.is_not(None))
     texts: list[Any] = [sa.literal_column(f"'{state}'") for state in states]
     return _select(c.trial_id, *columns).where(c.trial_id == _p("trial_id"), c.state.in_(texts))
