@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import logging
 
 import optuna
 import pytest
@@ -28,3 +29,12 @@ def _quiet_optuna() -> Iterator[None]:
     """A test may turn Optuna's logging up; the next one begins quiet."""
     yield
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_are_left_on() -> Iterator[None]:
+    """`logging.config.fileConfig`, which Optuna's migrations call, turns all of them off."""
+    yield
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in ("trialstore", "optuna"):
+            assert not logger.disabled, f"this test turned the logger {name} off"
