@@ -36,6 +36,7 @@ from trialstore.log import NOTHING
 
 OURS: Final = "trialstore"
 IMPLEMENTATIONS: Final = (OURS, "optuna", "rustuna")
+_LOGGERS: Final = ("optuna", "trialstore")
 N_PARAMS: Final = 5
 RANGE: Final = FloatDistribution(-10.0, 10.0)
 
@@ -311,11 +312,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 class Report:
-    """Collects rows; prints them as they come, or all as JSON at the end."""
+    """Collects rows; prints them as they come, or all as JSON at the end. Inside, nothing below
+    an error is logged."""
 
     def __init__(self, title: str, arguments: argparse.Namespace) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        logging.getLogger("trialstore").setLevel(logging.ERROR)
         self._as_json = arguments.json
         self._title = title
         self._rows: list[Row] = []
@@ -338,9 +338,14 @@ class Report:
             print(f"{'x optuna':>12}{'x rustuna':>12}")
 
     def __enter__(self) -> Report:
+        self._levels = [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
+        for logger, _ in self._levels:
+            logger.setLevel(logging.ERROR)
         return self
 
     def __exit__(self, *error: object) -> None:
+        for logger, level in self._levels:
+            logger.setLevel(level)
         self._scratch.cleanup()
         if self._as_json and error[0] is None:
             rows = [
