@@ -60,6 +60,9 @@ from trialstore.waiting import WaitingTrials
 from trialstore.watch import POLL_S, Change, watch
 
 _logger = logging.getLogger("trialstore")
+# Below Optuna's, whose verbosity and handler decide who sees it: it is how a user without a name
+# of their own learns the study's.
+_study_logger = logging.getLogger("optuna.storages.trialstore")
 
 _T = TypeVar("_T")
 
@@ -468,7 +471,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         if outcome.verdict is not Verdict.ACCEPTED:
             self._refuse_another_spelling(name)
             raise self._refusal(record, outcome)
-        _logger.info("A new study was created with the name %s.", name)
+        _study_logger.info("A new study was created with the name %s.", name)
         return outcome.id
 
     def _refuse_another_spelling(self, name: str) -> None:

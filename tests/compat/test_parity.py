@@ -233,3 +233,20 @@ def test_a_trials_dataframe_is_the_same(ours: Storage) -> None:
         study.optimize(_objective, n_trials=5)
         frames.append(study.trials_dataframe(attrs=("number", "value", "params", "state")))
     assert frames[0].equals(frames[1])
+
+
+@pytest.mark.parametrize("verbosity", [optuna.logging.INFO, optuna.logging.WARNING])
+def test_a_new_studys_name_is_told_where_optuna_tells_it(
+    ours: Storage, verbosity: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    optuna.logging.set_verbosity(verbosity)
+    optuna.logging.enable_propagation()
+    try:
+        names = [
+            optuna.create_study(storage=storage).study_name
+            for storage in (ours, optuna.storages.InMemoryStorage())
+        ]
+    finally:
+        optuna.logging.disable_propagation()
+    told = verbosity == optuna.logging.INFO
+    assert [name in caplog.text for name in names] == [told, told]
