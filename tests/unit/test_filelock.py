@@ -9,6 +9,7 @@ import logging
 import os
 from pathlib import Path
 import pickle
+import shutil
 import signal
 import stat
 import subprocess
@@ -657,6 +658,25 @@ def test_a_disk_that_fails_is_told_of_and_leaves_nothing(
     lock.acquire()
     lock.release()
     assert owner_files(path) == []
+
+
+def test_a_folder_that_is_gone_is_told_of(kind: Any, tmp_path: Path) -> None:
+    class Impatient(ManualClock):
+        def sleep(self, duration_s: float) -> None:
+            super().sleep(duration_s)
+            assert self.slept_s < 1, "waits for nobody"
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lock = kind(str(folder / "journal"), clock=Impatient())
+    lock.acquire()
+    lock.release()
+    shutil.rmtree(folder)
+    with pytest.raises(LogUnavailableError, match="No such file"):
+        lock.acquire()
+    folder.mkdir()
+    lock.acquire()
+    lock.release()
 
 
 def test_no_flock_on_this_file_system(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -482,13 +482,13 @@ class _FileLock(BaseJournalFileLock):
 
     def _link_lock_file(self) -> _Identity | None:
         """Link the owner file to the lock's name: cheaper by far than a new file each time."""
+        if not self._owner_path or b"queued %d\n" % self._queued not in self._owner_text:
+            # Not below: a folder that is not there any more is no file that was swept.
+            self._make_owner_file()
         try:
-            if self._owner_path and b"queued %d\n" % self._queued in self._owner_text:
-                # By the time of the file, which is the file server's, waiters tell this hold from
-                # the one before.
-                os.utime(self._owner_path)
-            else:
-                self._make_owner_file()
+            # By the time of the file, which is the file server's, waiters tell this hold from the
+            # one before.
+            os.utime(self._owner_path)
             made = _identity_of(os.stat(self._owner_path))
             try:
                 os.link(self._owner_path, self._lock_path)
