@@ -690,6 +690,31 @@ def test_damage_seen_without_the_lock_is_looked_at_again_with_it(
     assert list(log.exchange([], START, NOTHING).news) == records
 
 
+@pytest.mark.parametrize("may_lock", [True, False])
+def test_a_batch_that_is_being_written_over_itself_has_no_torn_prefix(
+    log: FileLog, path: Path, may_lock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a nearly full disk; who reads meanwhile may see later newlines and not those before."""
+    records = acknowledged(path)
+    whole = path.read_bytes()
+    newline = whole.index(b"\n", whole.index(b"\n") + 1)
+    path.write_bytes(whole[:newline] + b" " + whole[newline + 1 :])
+    original = log._file.acquire
+
+    def arrives() -> None:
+        path.write_bytes(whole)
+        if not may_lock:
+            raise LogUnavailableError("not now")
+        original()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log._file, "acquire", arrives)
+        batch = log.exchange([], START, NOTHING)
+    assert list(batch.news) == records
+    log.exchange([trial(9)], batch.cursor, NOTHING)
+    assert path.read_bytes() == whole + encode_line(trial(9))
+
+
 # --- the file itself -----------------------------------------------------------------------------
 
 

@@ -141,27 +141,30 @@ class JournalFile:
             bytes_max: Stop soon after so many bytes.
         """
         with self.unavailable("can't be read"):
+            glued = self._glued.copy()
             try:
                 end = self.open()
-                news, position, _ = self.read(position, end, decode, bytes_max)
-                return news, position
+                news, after, _ = self.read(position, end, decode, bytes_max)
+                if self._glued <= glued:
+                    return news, after
             except LogReplacedError:
                 raise
             except LogCorruptError:
-                # A repair in progress, or another machine's write of which half has arrived, may
-                # look like damage to those who do not wait. Nobody writes while we hold the lock.
+                pass
+            # A repair in progress, a batch that is being written over itself, or another machine's
+            # write of which half has arrived, may look like damage, or like a torn prefix that
+            # counts for nothing, to those who do not wait. Nobody writes while we hold the lock.
+            self._glued &= glued
+            with contextlib.ExitStack() as held:
                 try:
                     self.acquire()
+                    held.callback(self.release)
                 except LogUnavailableError:
-                    _logger.debug("Damage seen without the lock, which can't be taken.")
-                else:
-                    try:
-                        end = self.open()
-                        news, position, _ = self.read(position, end, decode, bytes_max)
-                        return news, position
-                    finally:
-                        self.release()
-                raise
+                    _logger.debug("Odd lines seen without the lock, which can't be taken.")
+                    held.callback(self._glued.intersection_update, glued)
+                end = self.open()
+                news, after, _ = self.read(position, end, decode, bytes_max)
+                return news, after
 
     def read(
         self,
