@@ -461,3 +461,34 @@ def test_a_read_that_fails_after_the_write_is_no_refusal(
         log.exchange([study()], START, NOTHING)
     monkeypatch.undo()
     assert log.exchange([], START, NOTHING).news == [study()]
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_path_that_cant_be_looked_at_after_the_write_is_no_refusal(
+    tmp_path: Path, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_file, "file_system_is_local", lambda path: local)
+    path = tmp_path / "journal"
+    log = FileLog(str(path))
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    write = log._file._write
+
+    def write_and_break(data: bytes, end: int) -> int:
+        start = write(data, end)
+        refuse = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        name = "stat" if local else "open"
+        original = getattr(os, name)
+
+        def refused_once(*args: Any, **options: Any) -> Any:
+            setattr(os, name, original)
+            raise refuse
+
+        monkeypatch.setattr(os, name, refused_once)
+        return start
+
+    monkeypatch.setattr(log._file, "_write", write_and_break)
+    with pytest.raises(OutcomeUnknownError, match="appended, but"):
+        log.exchange([trial(1)], cursor, NOTHING)
+    monkeypatch.undo()
+    assert log.exchange([trial(1)], cursor, NOTHING).news == [trial(1)]
+    assert read_all(path) == [study(), trial(1)]

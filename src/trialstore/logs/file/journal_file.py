@@ -419,7 +419,11 @@ class JournalFile:
         return os.fstat(self.fd).st_size != end
 
     def _is_in_place(self) -> bool:
-        """Whether the file that is open is still the one at the path."""
+        """Whether the file that is open, and was appended to, is still the one at the path.
+
+        Raises:
+            OutcomeUnknownError: The path can't be looked at.
+        """
         try:
             if self.local:
                 status = os.stat(self.path)
@@ -431,6 +435,11 @@ class JournalFile:
                     os.close(fd)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise OutcomeUnknownError(
+                f"{self.path}: appended, but whether that file is still the journal can't be "
+                f"told: {error}"
+            ) from error
         return (status.st_dev, status.st_ino) == self._inode
 
     def _repair(self) -> None:
