@@ -16,8 +16,8 @@ import pytest
 
 from grpc_servers import open_grpc, serve, served_url
 from ownership import GROUP, OWNER, as_root, may_not_chown
-from redis_servers import new_prefix, shared_cluster
-from servers import shared_redis
+from redis_servers import OptionsServer, new_prefix, shared_cluster
+from servers import find_binary, shared_redis
 import trialstore
 from trialstore import compaction, journal, records as r
 from trialstore.errors import (
@@ -876,6 +876,28 @@ def test_a_new_record_that_was_evicted_leaves_the_old_journal(
     journal.compact(trimmable.open_log())
     assert len(trimmable.records()) < len(records)
     assert storage_contents(trimmable.open()) == storage_contents(storage) == before
+
+
+@pytest.mark.servers
+def test_a_compaction_that_memory_is_too_short_for_leaves_it_to_others() -> None:
+    find_binary("redis-server")
+    server = OptionsServer("--maxmemory-policy", "noeviction")
+    try:
+        journal_ = _redis(server.url, False, "")
+        storage = journal_.open()
+        study = optuna.create_study(storage=storage, study_name="s")
+        for number in range(40):
+            study.set_user_attr(f"k{number}", "x" * 100_000)
+        log = journal_.open_log()
+        client = redis.Redis.from_url(server.url)
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 2_000_000)
+        client.close()
+        with pytest.raises(LogUnavailableError, match="more memory"):
+            journal.compact(log)
+        study.set_user_attr("k", 1)
+        assert storage_contents(journal_.open()) == storage_contents(storage)
+    finally:
+        server.remove()
 
 
 def _ask(log: Any, *command: Any) -> Any:

@@ -13,7 +13,7 @@ import contextlib
 import functools
 from typing import Any, Final, NoReturn
 
-from trialstore.errors import CompactionRefusedError, LogUnavailableError
+from trialstore.errors import CompactionRefusedError, LogCorruptError, LogUnavailableError
 from trialstore.log import START, Base, Compaction
 from trialstore.logs.head import Head, encode_head
 from trialstore.logs.redis.doors import run, send_one
@@ -147,8 +147,14 @@ class Compactor:
             self._sweep(lock.token)
             yield lock.token
         finally:
-            with self._connection.mutex:
-                lock.release()
+            with (
+                self._connection.mutex,
+                contextlib.suppress(LogUnavailableError, LogCorruptError),
+            ):
+                if lock.is_held():
+                    # Of one that failed they may be what takes the memory that others need.
+                    self._remove_new()
+                    lock.release()
 
     def _put(self, token: bytes, number: int, lines: Iterable[bytes]) -> int:
         """Write records beside the journal, the first with this number; returns how many."""
@@ -162,15 +168,19 @@ class Compactor:
 
     def _sweep(self, token: bytes) -> None:
         """Remove what this compaction, or a killed one, has left, a little at a time."""
-        status, number = self._step("sweep", token, _PIECE_RECORDS)
+        status, _ = self._step("sweep", token, _PIECE_RECORDS)
         while status == b"behind":
-            status, number = self._step("sweep", token, _PIECE_RECORDS)
+            status, _ = self._step("sweep", token, _PIECE_RECORDS)
+        with self._connection.mutex:
+            self._remove_new()
+
+    def _remove_new(self) -> None:
+        """Remove the records that were written beside the journal."""
         number, removed = 1, 1
         while removed:
             keys = [self._keys.new(number + index) for index in range(_PIECE_RECORDS)]
             unlink = functools.partial(send_one, command=("UNLINK", *keys))
-            with self._connection.mutex:
-                removed = self._connection.ask(unlink)
+            removed = self._connection.ask(unlink)
             number += _PIECE_RECORDS
 
     def _step(self, name: str, token: bytes, *args: Any) -> tuple[bytes, int]:
