@@ -76,6 +76,9 @@ class _LossyDoor:
     def value_bytes_max(self) -> Any:
         return self._rule(self._inner.value_bytes_max)
 
+    def bytes_free(self) -> Any:
+        return self._rule(self._inner.bytes_free)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -878,24 +878,43 @@ def test_a_new_record_that_was_evicted_leaves_the_old_journal(
     assert storage_contents(trimmable.open()) == storage_contents(storage) == before
 
 
+def _snapshot(log: Any) -> None:
+    cursor = log.exchange((), START, NOTHING).cursor
+    log.save_snapshot(lambda: (b"x" * 20_000_000, cursor))
+
+
 @pytest.mark.servers
-def test_a_compaction_that_memory_is_too_short_for_leaves_it_to_others() -> None:
+@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru"])
+@pytest.mark.parametrize(
+    ("write", "room"),
+    [
+        (journal.compact, 2_000_000),
+        (journal.compact, 3_500_000),  # enough for a part
+        (journal.trim, 2_000_000),
+        (_snapshot, 30_000_000),
+    ],
+)
+def test_what_memory_is_too_short_for_takes_none_from_the_records(
+    policy: str, write: Callable[[Any], Any], room: int
+) -> None:
     find_binary("redis-server")
-    server = OptionsServer("--maxmemory-policy", "noeviction")
+    server = OptionsServer("--maxmemory-policy", policy)
     try:
         journal_ = _redis(server.url, False, "")
         storage = journal_.open()
         study = optuna.create_study(storage=storage, study_name="s")
         for number in range(40):
             study.set_user_attr(f"k{number}", "x" * 100_000)
-        log = journal_.open_log()
+        records = journal_.records()
         client = redis.Redis.from_url(server.url)
-        client.config_set("maxmemory", client.info("memory")["used_memory"] + 2_000_000)
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + room)
         client.close()
+        log = journal_.open_log()
         with pytest.raises(LogUnavailableError, match="more memory"):
-            journal.compact(log)
+            write(log)
         study.set_user_attr("k", 1)
-        assert storage_contents(journal_.open()) == storage_contents(storage)
+        assert journal_.records()[:-1] == records
+        assert not _ask(log, "EXISTS", log._keys.new(1))
     finally:
         server.remove()
 

@@ -117,6 +117,8 @@ class Compactor:
             (snapshot,) = made.lines
             trimmed = b"%s%d}" % (TRIMMED, position.number)
             base = pack(snapshot, made.cursor, made.marks)
+            with self._connection.mutex:
+                self._connection.check_memory(len(base))
             status, number = self._step("trim", token, *_check_args(position), trimmed, base)
             if status != b"ok":
                 with self._connection.mutex:
@@ -160,6 +162,8 @@ class Compactor:
         """Write records beside the journal, the first with this number; returns how many."""
         count = 0
         for piece in _pieces(lines):
+            with self._connection.mutex:
+                self._connection.check_memory(2 * sum(map(len, piece)))
             status, _ = self._step("put", token, _COMPACT_LOCK_S, number + count, *piece)
             if status != b"ok":
                 self._raise_not_done(status, number, BEGIN)

@@ -150,6 +150,22 @@ class Connection:
                 "example in Optuna's artifact store."
             )
 
+    def check_memory(self, n_bytes: int) -> None:
+        """Look before sending whether the server has room for so many bytes.
+
+        Of a value that is too much for it the part that has arrived counts already: meanwhile it
+        refuses what others append, or evicts records, as its policy is.
+
+        Raises:
+            LogUnavailableError: It has not; nothing was sent.
+        """
+        free = self.ask(lambda door: door.bytes_free())
+        if n_bytes > free:
+            raise LogUnavailableError(
+                f"{self.address}: of maxmemory {free:,} bytes are left, and {n_bytes:,} are "
+                "needed, lest the journal lack them. Give Redis more memory."
+            )
+
     def _connect(self) -> Door:
         door = self.open_door()
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -28,6 +29,8 @@ class Door(Protocol):
     def settings(self) -> list[Settings]: ...
 
     def value_bytes_max(self) -> int: ...
+
+    def bytes_free(self) -> float: ...
 
     def close(self) -> None: ...
 
@@ -90,6 +93,13 @@ class Server:
         finally:
             self._pool.disconnect()
 
+    def bytes_free(self) -> float:
+        client = driver().Redis(connection_pool=self._pool)
+        try:
+            return _ask_bytes_free(client)
+        finally:
+            self._pool.disconnect()
+
     def close(self) -> None:
         self._connection.disconnect()
         self._pool.disconnect()
@@ -120,6 +130,12 @@ class Cluster:
     def value_bytes_max(self) -> int:
         return min(
             _ask_value_bytes_max(self._client.get_redis_connection(node))
+            for node in self._client.get_primaries()
+        )
+
+    def bytes_free(self) -> float:
+        return min(
+            _ask_bytes_free(self._client.get_redis_connection(node))
             for node in self._client.get_primaries()
         )
 
@@ -154,6 +170,15 @@ def _ask_value_bytes_max(client: Any) -> int:
         return int(client.config_get(_LIMIT).get(_LIMIT, _USUAL_VALUE_BYTES_MAX))
     except driver().ResponseError:
         return _USUAL_VALUE_BYTES_MAX  # hosted servers refuse CONFIG
+
+
+def _ask_bytes_free(client: Any) -> float:
+    try:
+        memory = client.info("memory")
+    except driver().ResponseError:
+        return math.inf
+    limit = memory.get("maxmemory")
+    return limit - memory["used_memory"] if limit else math.inf
 
 
 def risks_of(settings: Settings, durability: str) -> list[str]:

@@ -50,6 +50,8 @@ class Snapshots:
                 if not lock.is_held():
                     return False
                 self._connection.check_lengths([value])
+                # What is free is the records' as well.
+                self._connection.check_memory(2 * len(value))
                 self._connection.ask(lambda door: door.command("SET", self._keys.snapshot, value))
             return True
         finally:
