@@ -425,7 +425,8 @@ def _utc_offset(hour: str) -> timedelta | None:
 
 # --- journal lines -------------------------------------------------------------------------------
 
-RECORD_START: Final = re.compile(rb'\{"op_code":')
+_RECORD_START: Final = b'{"op_code":'
+RECORD_START: Final = re.compile(re.escape(_RECORD_START))
 """How every line begins, ours and Optuna's."""
 
 _FOLLOWING: Final = re.compile(rb"[^ \0]")
@@ -594,6 +595,14 @@ def counts_for_nothing(fragment: bytes) -> bool:
     return all(
         _what_follows(fragment, end) in (b"", b"{") for _, end, _ in whole_records(fragment)
     )
+
+
+def may_be_a_torn_record(fragment: bytes) -> bool:
+    """Whether bytes without a newline can be what is left of records: the beginning of one is in
+    them, or they begin with what a repair or a lost page leaves, spaces or NULs."""
+    begin = fragment.rstrip(b" \0")
+    is_blank = fragment[:1] in b" \0"
+    return is_blank or _RECORD_START in begin or _RECORD_START.startswith(begin)
 
 
 def checksums_match(lines: bytes, count: int) -> bool:

@@ -533,6 +533,23 @@ def test_a_torn_first_line_does_not_change_the_identity(path: Path) -> None:
     assert seqs(FileLog(str(path)).exchange([], cursor, NOTHING).news) == [1]
 
 
+@pytest.mark.parametrize("data", [b"my notes", b'{"a":1}', pickle.dumps([1])])
+def test_a_file_of_something_else_is_not_taken_for_a_torn_record(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    log = FileLog(str(path))
+    for use in (lambda: log.exchange([study()], START, NOTHING), lambda: list(log.entries())):
+        with pytest.raises(LogCorruptError, match="no journal"):
+            use()
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("torn", [b" ", b"{", b'{"op{"op_code":0,', b"\0" * 9 + b"ker", b" ker"])
+def test_a_torn_first_record_is_repaired_whatever_is_left_of_it(path: Path, torn: bytes) -> None:
+    path.write_bytes(torn)
+    FileLog(str(path)).exchange([study()], START, NOTHING)
+    assert read_all(path) == [study()]
+
+
 def test_the_repair_waits_for_an_appender_that_saw_the_line_without_the_lock(
     log: FileLog, path: Path
 ) -> None:

@@ -57,7 +57,7 @@ from trialstore.logs.file.filelock import (
 from trialstore.logs.file.lines import Decode, decode_checked, glued_at
 from trialstore.logs.file.position import BEGIN, MARK_BYTES, Position, mark_of
 from trialstore.logs.head import Head, decode_head
-from trialstore.records import RECORD_START, counts_for_nothing
+from trialstore.records import RECORD_START, counts_for_nothing, may_be_a_torn_record
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -199,6 +199,8 @@ class JournalFile:
                 break
         if tail and not counts_for_nothing(tail):
             raise self._corrupt("a record without its newline", offset, number)
+        if tail and not offset:
+            self.check_is_torn(tail)
         if not number:
             return news, BEGIN, tail
         mark = mark_of(last)
@@ -635,6 +637,11 @@ class JournalFile:
             if isinstance(self.lock, (JournalFileSymlinkLock, JournalFileOpenLock)):
                 self.lock.abandon()
             raise
+
+    def check_is_torn(self, tail: bytes) -> None:
+        """Of a file without a newline: somebody's own, named by mistake, is not overwritten."""
+        if not may_be_a_torn_record(tail):
+            raise LogCorruptError("this is no journal; name another file.", source=self.path)
 
     def _corrupt(self, reason: str, offset: int, number: int) -> LogCorruptError:
         return LogCorruptError(

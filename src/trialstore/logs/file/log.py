@@ -253,6 +253,7 @@ class FileLog(BaseJournalBackend):
 
         Raises:
             LogUnavailableError: The file can't be read.
+            LogCorruptError: It is no journal at all.
         """
         with self._file.mutex, self._file.unavailable("can't be read"):
             end = self._file.open()
@@ -261,6 +262,8 @@ class FileLog(BaseJournalBackend):
                 parts = lines.split(b"\n")
                 for index, line in enumerate(parts):
                     ended = index < len(parts) - 1
+                    if line and not (ended or offset):
+                        self._file.check_is_torn(line)
                     if ended or line:
                         where = f"{self._file.path}, record {number}, byte offset {offset}"
                         yield Entry(where, line, ended)
