@@ -181,7 +181,8 @@ class GrpcStorageProxy(Storage):
         host: Where the server listens.
         port: Its port.
         tls: Talk TLS and trust the certificates of the system.
-        ca_file: Talk TLS and trust these PEM certificates instead.
+        ca_file: Talk TLS and trust these PEM certificates instead; like the next two read again
+            where no connection is to be had.
         certificate_file: PEM certificate of this client, where the server asks for one.
         key_file: Its private key.
         token: Bearer token; by default that of ``TRIALSTORE_GRPC_TOKEN``, if there is one.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import os
 from pathlib import Path
 import subprocess
 import sys
 
+import grpc
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
-from grpc_servers import open_grpc, serve, served_url
+from grpc_servers import KillableServer, open_grpc, serve, served_url
 from servers import free_port
+from trialstore.errors import LogUnavailableError
 from trialstore.testing.contents import study_contents
 
 _ROOT = Path(__file__).parents[2]
@@ -138,6 +141,23 @@ def test_what_a_stock_server_refuses_is_not_taken_for_a_repetition() -> None:
         other.delete_study(study_id)
         with pytest.raises(KeyError):
             one.delete_study(study_id)
+
+
+def test_what_serves_nothing_is_not_taken_for_a_stock_server(tmp_path: Path) -> None:
+    """A proxy that has no server behind it yet says the same of either service."""
+    port = free_port()
+    nothing = grpc.server(ThreadPoolExecutor(1))
+    nothing.add_insecure_port(f"localhost:{port}")
+    nothing.start()
+    storage = open_grpc(port, heartbeat_interval=60)
+    with pytest.raises(LogUnavailableError, match="UNIMPLEMENTED"):
+        storage.get_all_studies()
+    nothing.stop(0).wait()
+    server = KillableServer(served_url("journal", tmp_path), port=port)
+    with server, contextlib.closing(storage):
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE])
+        storage.create_new_trial(study_id)  # with a lease, which a stock server keeps not
+        assert storage.get_n_trials(study_id) == 1
 
 
 _FORKING = """

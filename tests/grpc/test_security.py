@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 import pickle
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -262,6 +263,29 @@ def test_mutual_tls_lets_in_only_certificates_of_the_authority(tmp_path: Path) -
         for shown in ({}, theirs.issue("client")):
             _refused(open_grpc(server.port, retry_deadline_s=1.0, **trust, **shown))
         assert [study.study_name for study in friend.get_all_studies()] == ["s"]
+
+
+@pytest.mark.parametrize("what", ["whom to trust", "what to show"])
+def test_certificates_that_are_changed_are_read_again(what: str, tmp_path: Path) -> None:
+    old, new = _Authority(tmp_path, "old"), _Authority(tmp_path, "new")
+    trusted = shutil.copy(old.certificate_file, tmp_path / "trusted")
+    mine = {"ca_file": str(trusted), **old.issue("client")}
+    options = {**old.issue("server"), "client_ca_file": old.certificate_file}
+    with KillableServer(served_url("journal", tmp_path), **options) as server:
+        friend = open_grpc(server.port, **mine)
+        study_id = friend.create_new_study(_MINIMIZE, "s")
+        server.kill()
+        if what == "whom to trust":
+            server.options.update(new.issue("server"))
+            shutil.copy(new.certificate_file, trusted)
+        else:
+            server.options["client_ca_file"] = new.certificate_file
+            for name, path in new.issue("client").items():
+                shutil.copy(path, mine[name])
+        server.start()
+        friend.create_new_trial(study_id)
+        Path(mine["key_file"]).unlink()
+        assert len(friend.get_all_trials(study_id)) == 1
 
 
 # --- garbage -------------------------------------------------------------------------------------

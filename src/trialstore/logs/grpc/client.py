@@ -130,14 +130,14 @@ class Credentials:
     def __repr__(self) -> str:
         return f"Credentials(tls={self.tls})"
 
+    def certificates(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        """Whom to trust, the private key, and what to show, as the files say now."""
+        return _read(self._ca_file), _read(self._key_file), _read(self._certificate_file)
+
     def channel(self, target: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
         if not self.tls:
             return grpc.insecure_channel(target, options=options)
-        credentials = grpc.ssl_channel_credentials(
-            root_certificates=_read(self._ca_file),
-            private_key=_read(self._key_file),
-            certificate_chain=_read(self._certificate_file),
-        )
+        credentials = grpc.ssl_channel_credentials(*self.certificates())
         return grpc.secure_channel(target, credentials, options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -187,7 +187,7 @@ class GrpcLog:
         self._clock = clock
         # Which of the two services; found out by the first call.
         self._foreign: StorageLog | None = None
-        self._speaks_log = False
+        self._speaks_log = self._speaks_optuna = False
         self._is_unlimited = False
         self._begin()
 
@@ -196,6 +196,7 @@ class GrpcLog:
         self._channel: grpc.Channel | None = None
         self._calls: dict[str, Call] = {}
         self._metadata: tuple[tuple[str, str], ...] = ()
+        self._certificates: tuple[bytes | None, ...] = ()
         # By these two a server tells a repetition from another exchange.
         self._sender = uuid.uuid4().hex
         self._n_sent = 0
@@ -221,7 +222,7 @@ class GrpcLog:
         self._call_timeout_s = state["call_timeout_s"]
         self._clock = CLOCK
         self._foreign = None
-        self._speaks_log = False
+        self._speaks_log = self._speaks_optuna = False
         self._is_unlimited = False
         self._begin()
 
@@ -558,6 +559,7 @@ class GrpcLog:
         if self._channel is None:
             try:
                 self._metadata = self._credentials.metadata()
+                self._certificates = self._credentials.certificates()
                 self._channel = self._credentials.channel(self._target, _OPTIONS)
             except (OSError, ValueError) as error:
                 raise LogUnavailableError(
@@ -577,6 +579,13 @@ class GrpcLog:
             return False
         before, self._metadata = self._metadata, metadata
         return metadata != before
+
+    def _has_new_certificates(self) -> bool:
+        """Read the files again: a channel connects with what it was made with for ever."""
+        try:
+            return self._credentials.certificates() != self._certificates
+        except OSError:
+            return False
 
     def _unary(self, name: str, request: Any, timeout_s: float) -> Any:
         return self._call(name)(request, timeout=timeout_s, metadata=self._metadata)
@@ -652,8 +661,9 @@ class GrpcLog:
                 or self._clock.now_s() + pause_now_s > self._heard_at_s + self._retry_deadline_s
             ):
                 raise _FailedError(failure, again)
-            if failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                self.close()  # half-open, perhaps: a new connection may get through
+            is_half_open = failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # perhaps
+            if is_half_open or self._has_new_certificates():
+                self.close()  # a new connection may get through
             self._clock.sleep(pause_now_s)
             pause_s, timeout_s = min(pause_s * 2, _PAUSE_MAX_S), timeout_s * 2
 
@@ -676,16 +686,21 @@ class GrpcLog:
     def _invoke(self, method: str, request: Any, *, once: bool = False) -> Any:
         """See ``stock.Invoke``."""
         try:
-            return self._persistently(
+            reply = self._persistently(
                 lambda timeout_s, _: self._unary(method, request, timeout_s), once=once
             )
         except _FailedError as failed:
+            if failed.error.code() == grpc.StatusCode.UNIMPLEMENTED and not self._speaks_optuna:
+                self._foreign = None  # no plain Optuna server either, but what is in front of one
             if failed.error.code() in REFUSALS and not status.error_name(failed.error):
+                self._speaks_optuna = True
                 raise StockRefusal(failed.error, failed.again) from failed.error
             if once and failed.again:
                 raise AnswerLostError(f"{self!r}: {failed.error.details()}") from failed.error
             unknown = failed.again and not method.startswith("Get")
             raise status.to_error(failed.error, repr(self), unknown=unknown) from failed.error
+        self._speaks_optuna = True
+        return reply
 
 
 def _is_unusual(record: AnyOperation) -> bool:
