@@ -91,6 +91,26 @@ def test_a_stopped_holder_is_waited_for_within_a_bound(tmp_path: Path) -> None:
         queue.close()
 
 
+def _waiters() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "trialstore-queue"]
+
+
+def test_a_stopped_holder_is_waited_for_once(tmp_path: Path) -> None:
+    first, late = (WriteQueue(tmp_path / "x.db", wait_s) for wait_s in (_DEADLINE_S, 0.01))
+    others = _waiters()
+    first.enter()
+    for _ in range(3):
+        late.enter()
+        assert not late.is_first
+    (waiter,) = set(_waiters()) - set(others)
+    first.leave()
+    waiter.join(_DEADLINE_S)
+    late.enter()
+    assert late.is_first, "it queues again when the holder has moved"
+    for queue in (first, late):
+        queue.close()
+
+
 def test_writers_that_do_not_queue_are_waited_for(tmp_path: Path) -> None:
     """As plain Optuna workers."""
     one = Model(new_database("sqlite", tmp_path))

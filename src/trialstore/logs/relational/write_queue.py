@@ -53,13 +53,15 @@ class WriteQueue:
 
     Args:
         path: Of the database, on a local file system.
-        wait_max_s: After so long, go on out of turn.
+        wait_max_s: After so long, go on out of turn; and from then on at once, until the holder
+            has moved.
     """
 
     def __init__(self, path: Path, wait_max_s: float = _WAIT_MAX_S) -> None:
         self._path = path.with_name(f"{path.name}.queue")
         self._wait_max_s = wait_max_s
         self._file: _File | None = None
+        self._late: threading.Thread | None = None  # waits on, for a turn that was given up
         self._works = fcntl is not None
         self.is_first = False
         _queues.add(self)
@@ -68,6 +70,8 @@ class WriteQueue:
         """Wait until it is this process' turn."""
         if self.is_first or not self._works:
             return
+        if self._late is not None and self._late.is_alive():
+            return  # whoever was too slow still is
         try:
             if self._file is None:
                 self._file = _File(self._path)
@@ -91,7 +95,7 @@ class WriteQueue:
             is_late = waiter.is_alive()
             if is_late:
                 # Out of turn from here. The file closes with the last who knows it, the waiter.
-                self._file = None
+                self._file, self._late = None, waiter
         return not is_late
 
     def leave(self) -> None:
