@@ -18,7 +18,8 @@ import sqlalchemy as sa
 
 from servers import new_database, proxied, shared_mariadb
 from trialstore import RDBStorage
-from trialstore.logs.relational import tables as t
+from trialstore.clock import Clock
+from trialstore.logs.relational import TablesLog, tables as t
 from trialstore.testing.contents import study_contents
 from trialstore.testing.proxy import CountingProxy
 
@@ -227,6 +228,32 @@ def test_who_may_only_read_reads(url: str, has_table: bool) -> None:
         with pytest.raises(StorageInternalError, match="denied"):
             mine.ask()
         assert len(mine.trials) == 3
+
+
+class _Meanwhile(Clock):
+    """Something happens when somebody first waits."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._works = [work]
+
+    def sleep(self, duration_s: float) -> None:
+        for work in self._works:
+            work()
+        self._works = []
+        super().sleep(duration_s)
+
+
+def test_as_many_connections_as_a_user_may_have_are_waited_for(url: str) -> None:
+    RDBStorage(url).close()
+    few = _let_in(url, "SELECT, INSERT, UPDATE, DELETE", [*_OPTUNAS, t.sessions.name])
+    name = sa.make_url(few).username
+    if url.startswith("mysql"):
+        _order_mariadb(f"ALTER USER {name}@'127.0.0.1' WITH MAX_USER_CONNECTIONS 1")
+    else:
+        with sa.create_engine(url, poolclass=sa.NullPool).begin() as connection:
+            connection.exec_driver_sql(f"ALTER ROLE {name} CONNECTION LIMIT 1")
+    first = TablesLog(few)
+    TablesLog(few, clock=_Meanwhile(first.close)).close()
 
 
 _READ_ONLY = {

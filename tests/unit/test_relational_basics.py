@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import contextlib
 from datetime import datetime, timedelta
+import functools
 import gc
+import importlib
 import json
 import math
 import multiprocessing
@@ -927,6 +930,28 @@ def test_threads_take_turns_with_a_creator_that_binds_to_one(url: str, tmp_path:
         thread.join()
         one.trial(study_id)
     assert [x.number for x in one.read(study_id)] == list(range(6))
+
+
+def _connect_as(url: str) -> Callable[[], Any]:
+    """What users write who get their connections from elsewhere, such as a cloud's connector."""
+    address = sa.make_url(url)
+    driver = importlib.import_module(address.get_driver_name())
+    names = {"user": address.username, "password": address.password, "database": address.database}
+    if address.get_driver_name() == "psycopg":
+        names["dbname"] = names.pop("database")
+    return functools.partial(driver.connect, host=address.host, port=address.port, **names)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_creator_need_not_know_how_we_connect(kind: str, tmp_path: Path) -> None:
+    url = new_database(kind, tmp_path)
+    bare = sa.make_url(url).set(host=None, port=None, username=None, password=None)
+    one = Model(str(bare), engine_kwargs={"creator": _connect_as(url)})
+    study_id = one.study()
+    one.trial(study_id)
+    one.log.connection.disconnect()
+    one.trial(study_id)
+    assert [x.number for x in Model(url).read(study_id)] == [0, 1]
 
 
 def test_a_connection_of_the_users_stays_open() -> None:

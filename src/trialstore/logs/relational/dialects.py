@@ -594,7 +594,11 @@ def _settings(raw: Any) -> str:
 
 _MYSQL_FAULTS: Final = _code_table(
     (Fault.AGAIN, "1213 1205 1020 1451 1452"),
-    (Fault.LOST, "0 2006 2013 2014 2003 2002 1053 1927 4031 1040 1152 1158 1159 1160 1161 1184"),
+    (
+        Fault.LOST,
+        # 1203 1226: as many connections as the user may have; one may end.
+        "0 2006 2013 2014 2003 2002 1053 1927 4031 1040 1152 1158 1159 1160 1161 1184 1203 1226",
+    ),
     (Fault.FENCED, "1048 1365"),
     (Fault.VALUE, "1406 1366 1264 1242 1265 1267 1292 1153 3988"),
     (Fault.NO_TABLE, "1146"),
@@ -608,6 +612,19 @@ _TEXT_COLUMNS: Final = (
     "SELECT table_name, MIN(character_octet_length) FROM information_schema.columns "
     "WHERE table_schema = DATABASE() AND data_type LIKE '%text' GROUP BY table_name"
 )
+
+
+_MULTI_STATEMENTS: Final = 1 << 16
+"""Among the flags with which a client connects."""
+
+
+def _allow_multi_statements(raw: Any) -> None:
+    """PyMySQL has no method for it; mysqlclient allows them by itself.
+
+    Source: MySQL's protocol, COM_SET_OPTION.
+    """
+    raw._execute_command(0x1B, bytes(2))
+    raw._read_packet()
 
 
 class MultiStatementSession(Session):
@@ -710,13 +727,14 @@ class MySQL(Dialect):
         options = {"pool_pre_ping": True, **options}
         arguments = dict(options.get("connect_args", {}))
         if url.get_driver_name() == "pymysql":
-            from pymysql.constants import CLIENT  # type: ignore[import-untyped]
-
-            flags = arguments.get("client_flag", 0)
-            arguments["client_flag"] = flags | CLIENT.MULTI_STATEMENTS
+            arguments["client_flag"] = arguments.get("client_flag", 0) | _MULTI_STATEMENTS
         return {**options, "connect_args": arguments}
 
     def prepare(self, raw: Any) -> None:
+        # What a user's creator opens may have neither; where it has, this asks nothing.
+        raw.autocommit(True)
+        if not getattr(raw, "client_flag", _MULTI_STATEMENTS) & _MULTI_STATEMENTS:
+            _allow_multi_statements(raw)
         # READ COMMITTED: a snapshot kept for the whole transaction is older than the locks.
         # Strict: a value that does not fit fails instead of being cut. No other mode, whatever the
         # server begins with: one takes "" for NULL. Safe updates refuse a DELETE by time.
