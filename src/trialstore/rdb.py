@@ -33,8 +33,8 @@ class RDBStorage(OlderMethods):
             with; 0 writes everything through.
         max_staleness_s: How old an answer may be; 0 means never older than the call.
         durability: "full" survives power loss, "process" only the death of processes.
-        password_file: File that holds the password, if it is not in the URL; a pickle carries
-            the file's name, not the password.
+        password_file: File that holds the password, if it is not in the URL; read at each
+            connection. A pickle carries the file's name, not the password.
         password_env: Environment variable that holds it, likewise.
 
     Raises:

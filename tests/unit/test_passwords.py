@@ -13,7 +13,7 @@ from optuna.study import StudyDirection
 import pytest
 import sqlalchemy as sa
 
-from servers import free_port, new_database
+from servers import SECRETIVE, free_port, new_database, shared_mariadb, shared_postgresql
 from trialstore.clock import Clock
 from trialstore.errors import IncompatibleSchemaError, LogUnavailableError
 from trialstore.logs.relational import TablesLog
@@ -117,3 +117,28 @@ def test_of_a_password_elsewhere_than_in_its_place(url: str) -> None:
         parts.render_as_string(),
         engine_kwargs={"connect_args": connect_args},
     )
+
+
+def test_one_that_is_changed_is_read_again(url: str, tmp_path: Path) -> None:
+    server = shared_mariadb() if url.startswith("mysql") else shared_postgresql()
+    address = sa.make_url(url).set(username=SECRETIVE, password=None)
+    file = tmp_path / "password"
+
+    def change(password: str) -> None:
+        server.let_in(password)
+        file.write_text(password)
+
+    change(_RIGHT)
+    storage = RDBStorage(address.render_as_string(), password_file=str(file))
+    with contextlib.closing(storage):
+        study_id = storage.create_new_study([StudyDirection.MINIMIZE])
+        connection = storage._tables.connection
+        session: Any = connection.session()
+        change(_WRONG)
+        session.raw.close()
+        storage.create_new_trial(study_id)
+        storage._tables.facts()
+        assert _WRONG not in connection.clean(ValueError(_WRONG))
+        file.unlink()
+        connection.disconnect()
+        assert storage.get_n_trials(study_id) == 1, "the password of before is still good"

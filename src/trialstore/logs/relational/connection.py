@@ -21,7 +21,7 @@ from sqlalchemy.util import asbool
 
 from trialstore.clock import Clock
 from trialstore.credentials import Secret
-from trialstore.errors import LogCorruptError, LogUnavailableError
+from trialstore.errors import LogCorruptError, LogUnavailableError, SecretNotFoundError
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.dialects import (
     Dialect,
@@ -165,12 +165,26 @@ class Connection:
             return  # The child's copy of the contents; there is no file to share.
         _inherited.append((self._session, self._fairy, self.engine))
         self.engine.dispose(close=False)
-        url = self._address()
-        self.engine = _create_engine(url, dialect_type(url), self.engine_kwargs)
-        self.schema = Schema(self.engine, self.dialect)
+        self._make_engine(self._address())
         self._session = self._fairy = None
         self.session_id = uuid.uuid4().hex
         self.has_mark = False
+
+    def _make_engine(self, address: sa.URL) -> None:
+        """Another one in place of that of before."""
+        self.engine = _create_engine(address, type(self.dialect), self.engine_kwargs)
+        self.dialect.engine = self.engine
+        self.schema = Schema(self.engine, self.dialect)
+
+    def _renew_password(self) -> None:
+        """Connect with what is kept elsewhere now: it may have been changed since."""
+        if self.password is None:
+            return
+        with contextlib.suppress(SecretNotFoundError):  # the one of before may still do
+            address = self._address()
+            if address != self.engine.url:
+                self.engine.dispose()
+                self._make_engine(address)
 
     def disconnect(self) -> None:
         session, self._session = self._session, None
@@ -218,6 +232,7 @@ class Connection:
     def _connect(self, puts_mark: bool) -> None:
         fresh = self.dialect.name == "sqlite" and _wants_wal(self.engine.url, self.engine_kwargs)
         self.standing = None
+        self._renew_password()
         raw = self._open_connection()
         session = self.dialect.session(raw)
         lacks_mark = self.dialect.keeps_marks and (puts_mark or not self.has_mark)

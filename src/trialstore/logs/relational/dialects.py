@@ -82,6 +82,7 @@ class Dialect:
     """What a session's connection is opened with, beside the URL's and the user's arguments."""
 
     def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         sql_dialect: Any = type(engine.dialect)
         self._sql: Any = sql_dialect(paramstyle=self.paramstyle)
         self._compiled = _COMPILED.setdefault(sql_dialect, {})
@@ -657,7 +658,6 @@ class MySQL(Dialect):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._engine = engine
         self._text_bytes: dict[str, int] | None = None
 
     def text_bytes_max(self, table: sa.Table) -> int:
@@ -665,7 +665,7 @@ class MySQL(Dialect):
         # session's is in use by another thread perhaps, and only once there is such a value.
         if self._text_bytes is None:
             try:
-                with self._engine.connect() as connection:
+                with self.engine.connect() as connection:
                     rows = connection.execute(sa.text(_TEXT_COLUMNS))
                     self._text_bytes = {name: int(length) for name, length in rows}
             except sa.exc.DBAPIError:
