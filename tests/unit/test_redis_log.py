@@ -596,6 +596,29 @@ def test_keys_of_another_type_are_corruption(standalone: _Where) -> None:
         standalone.open().exchange([], START, NOTHING)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_record_of_another_type_is_corruption(where: _Where, number: int) -> None:
+    """It is there, and no record can be got of it."""
+    log = where.open()
+    cursor = log.exchange([_study("a", 0)], START, NOTHING).cursor
+    log.exchange([_study("b", 1), _study("c", 2)], cursor, NOTHING)
+    where.client.delete(where.key(number))
+    where.client.rpush(where.key(number), "x")
+    for begin in (START, cursor):
+        with pytest.raises(LogCorruptError, match="something else"):
+            where.open().exchange([], begin, NOTHING)
+
+
+def test_what_was_written_is_not_known_where_that_key_holds_no_number(where: _Where) -> None:
+    log = where.open()
+    log.exchange([_study(name, seq) for seq, name in enumerate("abcd")], START, NOTHING)
+    where.client.set(f"{where.prefix}:trialstore:complete", "many")
+    assert list(log.findings(deep=False)) == []
+    where.hole()
+    batch = where.open(clock=ManualClock()).exchange([], START, NOTHING)
+    assert type(batch.news[-1]).__name__ == "DeleteStudy"  # the hole, filled
+
+
 @pytest.mark.parametrize("text", ["inf", "nan", "1e3", "3.5", "-5", "9" * 20])
 def test_a_number_that_counts_no_records_is_corruption(where: _Where, text: str) -> None:
     """At once: some of them would have a reader wait for records without end."""

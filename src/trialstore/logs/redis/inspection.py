@@ -33,19 +33,15 @@ def entries(reader: Reader, cursor: Cursor) -> Iterator[Entry]:
 def _ahead(reader: Reader, last: int) -> list[tuple[int, Any]]:
     """Records that stand behind the last one, up to the last of those that exist."""
     first = last + 1
-    if 0 <= _number_in(reader, reader.keys.complete) <= last:
+    if 0 <= reader.number_in(reader.keys.complete) <= last:
         # What a killed compaction has left is passed over, and removed by the next one.
-        first = max(first, _number_in(reader, reader.keys.stale) + 1)
+        first = max(first, reader.number_in(reader.keys.stale) + 1)
     numbers = range(first, last + 1 + _BEYOND_MAX)
     with reader.connection.mutex:
         found = list(zip(numbers, reader.get(numbers), strict=True))
     while found and found[-1][1] is None:
         found.pop()
     return found
-
-
-def _number_in(reader: Reader, key: str) -> int:
-    return int(reader.connection.ask(lambda door: door.command("GET", key)) or -1)
 
 
 def facts(reader: Reader) -> dict[str, Any]:
@@ -64,7 +60,7 @@ def findings(reader: Reader, snapshots: Snapshots) -> Iterator[Finding]:
     """See ``Inspectable``: what is beside the records."""
     last = reader.connection.ask(reader.last_number)
     ahead = _ahead(reader, last)
-    written = ahead[-1][0] if ahead else _number_in(reader, reader.keys.complete)
+    written = ahead[-1][0] if ahead else reader.number_in(reader.keys.complete)
     if written > last:
         yield Finding(
             "counter-behind",

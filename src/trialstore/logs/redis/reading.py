@@ -78,6 +78,14 @@ class Reader:
             self.raise_damaged(b"number", 0, [stored], BEGIN)
         return last
 
+    def number_in(self, key: str) -> int:
+        """What a key of ours says; -1 if nothing, or no number, as exchange.lua takes it."""
+        stored = self.connection.ask(lambda door: door.command("GET", key))
+        try:
+            return int(stored or -1)
+        except ValueError:
+            return -1
+
     def first(self) -> bytes | None:
         """Record 0."""
         record: bytes | None = self.connection.ask(
@@ -132,7 +140,8 @@ class Reader:
         key = self.keys.record(number)
 
         def exists() -> bool:
-            return bool(self.connection.ask(lambda door: door.command("EXISTS", key)))
+            # Unlike EXISTS, an error for what is no record although it is there.
+            return bool(self.connection.ask(lambda door: door.command("STRLEN", key)))
 
         def is_reserved() -> bool:
             return self.connection.in_slots or self.connection.ask(self.last_number) >= number
@@ -164,8 +173,7 @@ class Reader:
 
     def was_written(self, number: int) -> bool:
         """Whether there was a record of this number at some time, as far as can be told."""
-        complete = self.connection.ask(lambda door: door.command("GET", self.keys.complete))
-        if complete is not None and number <= int(complete):
+        if number <= self.number_in(self.keys.complete):
             return True
         # Optuna's workers read up to their own record after each append, and wait at a hole. So
         # none of them has two records behind one; and our script appends nothing behind one.
