@@ -490,7 +490,7 @@ def test_without_the_mark_nothing_is_tried_again_blindly(kind: str, tmp_path: Pa
     study_id = one.study()
     for at in (1, 2, 3, 4):
         one.log.connection.session()
-        one.log.connection.has_mark = False
+        one.log.connection.has_mark = one.log.connection.had_mark = False
         happened = cut(one, at, applied=True)
         new = r.CreateTrial(worker_id="w", study_id=study_id, datetime_start=time(1))
         try:

@@ -17,8 +17,9 @@ import pytest
 import sqlalchemy as sa
 
 from servers import new_database, proxied, shared_mariadb
-from trialstore import RDBStorage
+from trialstore import RDBStorage, records as r
 from trialstore.clock import Clock
+from trialstore.log import NOTHING, START, Wanted
 from trialstore.logs.relational import TablesLog, tables as t
 from trialstore.testing.contents import study_contents
 from trialstore.testing.proxy import CountingProxy
@@ -230,6 +231,17 @@ def test_who_may_only_read_reads(url: str, has_table: bool) -> None:
         assert len(mine.trials) == 3
 
 
+def test_a_table_that_is_altered_meanwhile(direct: RDBStorage) -> None:
+    """What the server keeps of our statements is not good any more."""
+    study = optuna.create_study(storage=direct)
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=10)
+    names = "MODIFY number" if direct.url.startswith("mysql") else "ALTER number TYPE"
+    with direct.engine.begin() as connection:
+        connection.exec_driver_sql(f"ALTER TABLE trials {names} BIGINT")
+    study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=10)
+    assert [trial.number for trial in study.trials] == list(range(20))
+
+
 class _Meanwhile(Clock):
     """Something happens when somebody first waits."""
 
@@ -281,6 +293,45 @@ def test_a_read_only_session_reads(url: str, has_table: bool) -> None:
     options = {"connect_args": _READ_ONLY[sa.make_url(url).get_driver_name()]}
     with contextlib.closing(RDBStorage(url, engine_kwargs=options)) as ours:
         _reads_and_is_refused(ours, study)
+
+
+def _set_read_only(url: str, how: str) -> None:
+    """For all who connect from now on."""
+    if url.startswith("mysql"):
+        _order_mariadb(f"SET GLOBAL read_only = {how}")
+        return
+    name = sa.make_url(url).database
+    with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection:
+        connection.exec_driver_sql("SET transaction_read_only = off")
+        connection.exec_driver_sql(
+            f"ALTER DATABASE {name} SET default_transaction_read_only = {how}"
+        )
+        connection.commit()
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["at once", "after it has read there"])
+def test_a_moment_between_two_masters_is_waited_out(url: str, reads: bool) -> None:
+    RDBStorage(url).close()
+    rights = "SELECT, INSERT, UPDATE, DELETE"
+    log = TablesLog(
+        _let_in(url, rights, [*_OPTUNAS, t.sessions.name]),
+        clock=_Meanwhile(lambda: _set_read_only(url, "off")),
+    )
+    with contextlib.closing(log):
+        create = r.CreateStudy(worker_id="w", study_name="s", directions=[1])
+        (outcome,) = log.exchange([create], START, NOTHING).outcomes or ()
+        _set_read_only(url, "on")
+        log.connection.disconnect()
+        try:
+            if reads:
+                log.exchange([], START, Wanted(catalogue=True))
+            new = r.CreateTrial(worker_id="w", study_id=outcome.id, datetime_start=None)
+            log.exchange([new], START, NOTHING)
+        finally:
+            _set_read_only(url, "off")
+        assert log.connection.has_mark
+        news = log.exchange([], START, Wanted(trials_of=frozenset((outcome.id,)))).news
+    assert [one.number for one in news if isinstance(one, r.PutTrial)] == [0]
 
 
 @pytest.mark.parametrize("has_table", [False, True], ids=["absent", "there"])

@@ -64,6 +64,7 @@ class Connection:
         session_id: Names its row in ``trialstore_sessions``, the mark.
         seq: The greatest number that an exchange has taken for the mark.
         has_mark: Whether there is such a row.
+        had_mark: Whether there has ever been, so that the database is one to write to.
         others_wrote: Asks whether another connection has committed, where the database can tell.
         standing: What is known as long as none has.
         durable_commits: How many transactions were committed with a sync; for tests.
@@ -103,7 +104,7 @@ class Connection:
         self._pid = os.getpid()
         self.session_id = uuid.uuid4().hex
         self.seq = 0
-        self.has_mark = False
+        self.has_mark = self.had_mark = False
         self._marked_at_s = clock.now_s()
         self._synchronous = ""
         # It does not tell of those who use this very connection.
@@ -154,7 +155,10 @@ class Connection:
             self.engine.dispose()
 
     def about_to_write(self) -> None:
-        """Be another session if this one's mark has become old."""
+        """Be another session if this one's mark has become old, or could not be put back while the
+        database was read-only."""
+        if self.had_mark and not self.has_mark:
+            self.disconnect()
         if self.has_mark and self._clock.now_s() - self._marked_at_s > _MARK_IDLE_S:
             self.renew_session()
         self._marked_at_s = self._clock.now_s()
@@ -261,6 +265,7 @@ class Connection:
         except BaseException:
             self._end(session)
             raise
+        self.had_mark = self.had_mark or self.has_mark
         self._session = session
 
     def _fill(self, raw: Any, contents: str) -> None:
@@ -310,7 +315,9 @@ class Connection:
             except Exception as error:
                 driver_error = driver_error_of(error)
                 fault = self.fault(driver_error)
-                if fault in (Fault.LOST, Fault.FENCED):
+                # Who has written here meets a moment between two masters.
+                is_moved = fault is Fault.READ_ONLY and self.had_mark
+                if is_moved or fault in (Fault.LOST, Fault.FENCED):
                     self.disconnect()
                 elif fault in (Fault.AGAIN, Fault.EXISTS):
                     self.rollback()

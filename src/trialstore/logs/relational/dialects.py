@@ -38,6 +38,7 @@ class Fault(enum.Enum):
     VALUE = "a value does not fit its column"
     NO_TABLE = "a table is missing"
     DENIED = "the user may not do this"
+    READ_ONLY = "the database takes no writes, or not yet: a replica"
     EXISTS = "somebody else has just created it"
     CORRUPT = "the file is no database, or damaged"
     OTHER = "anything else"
@@ -435,11 +436,13 @@ class SQLite(Dialect):
 
 _POSTGRESQL_FAULTS: Final = _code_table(
     (Fault.AGAIN, "40001 40P01 55P03 23503"),
-    # 26000 42P05: a prepared statement is not where it was, or is where it was not.
-    (Fault.LOST, "57P01 57P02 57P03 57P05 25P03 25P04 26000 42P05"),
+    # 26000 42P05: a prepared statement is not where it was, or is where it was not. 0A000: it is
+    # of a table that has been altered since.
+    (Fault.LOST, "57P01 57P02 57P03 57P05 25P03 25P04 26000 42P05 0A000"),
     (Fault.FENCED, "22012"),
     (Fault.NO_TABLE, "42P01"),
-    (Fault.DENIED, "42501 25006"),
+    (Fault.DENIED, "42501"),
+    (Fault.READ_ONLY, "25006"),
     (Fault.EXISTS, "42P07 42710 23505"),
 )
 
@@ -603,8 +606,9 @@ _MYSQL_FAULTS: Final = _code_table(
     (Fault.FENCED, "1048 1365"),
     (Fault.VALUE, "1406 1366 1264 1242 1265 1267 1292 1153 3988"),
     (Fault.NO_TABLE, "1146"),
-    # 1290 1792 1836: a replica, a read-only transaction, a read-only InnoDB.
-    (Fault.DENIED, "1142 1044 1370 1227 1290 1792 1836"),
+    (Fault.DENIED, "1142 1044 1370 1227"),
+    # A replica, a read-only transaction, a read-only InnoDB.
+    (Fault.READ_ONLY, "1290 1792 1836"),
     (Fault.EXISTS, "1050 1062"),
 )
 

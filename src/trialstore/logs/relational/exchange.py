@@ -59,6 +59,10 @@ _MESSAGE_LENGTH_MAX: Final = 1 << 20
 least default is 4 MiB, and no single column of text there takes more than 64 KiB."""
 
 
+_REFUSED_WHOLE: Final = (Fault.FENCED, Fault.READ_ONLY)
+"""Faults of a message before its COMMIT, never of what is read after it."""
+
+
 class Exchange:
     """One exchange, from its first attempt to its answer."""
 
@@ -388,7 +392,7 @@ class Exchange:
         """What a message that failed was to read, if it did not fail before its COMMIT."""
         connection = self.connection
         fault = connection.fault(error)
-        if fault in (Fault.LOST, Fault.FENCED):
+        if fault is Fault.LOST or fault in _REFUSED_WHOLE:
             self.sent = self._may_have_happened(fault)
             raise error
         connection.rollback()
@@ -406,10 +410,11 @@ class Exchange:
         """Whether the mark is to be asked after an attempt that ended so.
 
         Turned away by the mark, this attempt has stored nothing. Either one that was lost has
-        come before it, or the mark is gone, and is put back with the next connection.
+        come before it, or the mark is gone, and is put back with the next connection. Nor has
+        it where nothing may be written.
         """
         self.was_lost = self.was_lost or fault is Fault.LOST
-        return self.was_lost and fault in (Fault.LOST, Fault.FENCED)
+        return self.was_lost and (fault is Fault.LOST or fault in _REFUSED_WHOLE)
 
     def _finish(self, session: Session, reading: Reading) -> Reading:
         """The rare second plan, and the ids that came with the images."""

@@ -44,6 +44,8 @@ _LOCK_NAME: Final = "trialstore-schema"
 _LOCK_NUMBER: Final = 0x7472_6961_6C73_746F  # "trialsto"
 _LOCK_WAIT_S: Final = 60
 
+_NOT_ALLOWED: Final = (Fault.DENIED, Fault.READ_ONLY)
+
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _one_upgrade: Final = threading.Lock()
 """Alembic keeps the migration that is running in module globals."""
@@ -207,7 +209,7 @@ class Schema:
         try:
             rows, *_ = session.run([version, *self._mark_steps(session_id)])
         except Exception as error:
-            if self._dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
+            if self._dialect.fault(error) not in (Fault.NO_TABLE, *_NOT_ALLOWED):
                 raise
             return False
         return bool(rows) and rows[0][0] == t.HEAD_VERSION
@@ -225,15 +227,18 @@ class Schema:
             session.run(steps)
             return True
         except Exception as error:
-            if self._dialect.fault(error) not in (Fault.NO_TABLE, Fault.DENIED):
+            fault = self._dialect.fault(error)
+            if fault not in (Fault.NO_TABLE, *_NOT_ALLOWED):
                 raise
-            if self._dialect.fault(error) is Fault.DENIED or not create:
+            if fault is Fault.READ_ONLY:
+                return False  # which takes no COMMIT of ours either
+            if fault is Fault.DENIED or not create:
                 return self._without_mark()
         try:
             with self._locked() as connection:
                 t.sessions.create(connection, checkfirst=True)
         except sa.exc.DBAPIError as error:
-            if error.orig is None or self._dialect.fault(error.orig) is not Fault.DENIED:
+            if error.orig is None or self._dialect.fault(error.orig) not in _NOT_ALLOWED:
                 raise
             return self._without_mark()
         session.run(steps)
