@@ -154,6 +154,39 @@ def test_a_value_that_the_target_cannot_hold_is_named(tmp_path: Path, cli: Cli) 
     assert "the step 9223372036854775808" in result.err
 
 
+@pytest.mark.servers
+@pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}])
+def test_a_trial_whose_keys_the_target_holds_equal_is_named(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    source = optuna.create_study(storage=trialstore.InMemoryStorage())
+    for keys in ([], ["LR"], ["LR", "lr"], []):
+        source.add_trial(optuna.create_trial(value=0.0, user_attrs=dict.fromkeys(keys, 1)))
+    target = trialstore.RDBStorage(new_url("mariadb", tmp_path), engine_kwargs=options)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Trial number 2: .* 'LR', 'lr'"):
+            copy(source._storage, target)
+        (study,) = target.get_all_studies()
+        assert target.get_n_trials(study._study_id) == 0
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("mode", ["", "TIME_ROUND_FRACTIONAL"], ids=["MariaDB", "MySQL"])
+def test_times_that_the_target_cuts_or_rounds(mode: str, tmp_path: Path) -> None:
+    source = optuna.create_study(storage=trialstore.InMemoryStorage())
+    for microsecond in (0, 100_000, 500_000, 999_999):
+        trial = optuna.create_trial(value=0.0)
+        trial.datetime_start = datetime(2026, 12, 31, 23, 59, 59, microsecond)
+        source.add_trial(trial)
+    connect_args = {"init_command": f"SET SESSION sql_mode = '{mode}'"}
+    target = trialstore.RDBStorage(
+        new_url("mariadb", tmp_path), engine_kwargs={"connect_args": connect_args}
+    )
+    for n_new in (4, 0):
+        (copied,) = copy(source._storage, target, verify=True)
+        assert (copied.n_new, copied.differences) == (n_new, [])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_that_means_something_to_a_protocol(kind: str, tmp_path: Path, cli: Cli) -> None:
     source, target = str(tmp_path / "odd.journal"), new_url(kind, tmp_path)

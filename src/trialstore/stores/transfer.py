@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, tzinfo
+from datetime import datetime, timedelta, tzinfo
 import functools
 import itertools
 import json
@@ -360,7 +360,7 @@ class Fingerprints:
 
     Two trials with the same ones are the same to a user, but for one chance in 4 billion a field:
     a negative zero counts as zero, and NaN as itself. The last two are of the times, exact and in
-    whole seconds.
+    whole seconds, cut.
     """
 
     def __init__(self, images: Iterable[r.PutTrial]) -> None:
@@ -380,12 +380,12 @@ class Fingerprints:
         fields = [name for name, a, b in zip(_FIELDS[:-2], mine, other, strict=False) if a != b]
         if mine[-2] == other[-2]:
             return fields, False
-        is_whole = mine[-2] == mine[-1] == other[-1]
+        is_whole = mine[-2] == mine[-1] and mine[-1] in (other[-1], _rounded_times(image))
         return (fields if is_whole else [*fields, "times"]), is_whole
 
 
 def _fingerprint(image: r.PutTrial) -> tuple[int, ...]:
-    start, complete = _moment(image.datetime_start), _moment(image.datetime_complete)
+    start, complete = _times(image)
     return (
         image.state,
         _crc([value + 0.0 for value in image.values or ()] if image.values else None),
@@ -402,10 +402,22 @@ def _fingerprint(image: r.PutTrial) -> tuple[int, ...]:
         _crc(sorted((step, v + 0.0) for step, v in image.intermediate_values.items())),
         image.number,
         _crc((start, complete)),
-        _crc(
-            (start and start.replace(microsecond=0), complete and complete.replace(microsecond=0))
-        ),
+        _crc((_cut(start), _cut(complete))),
     )
+
+
+def _rounded_times(image: r.PutTrial) -> int:
+    """As MySQL keeps them, where MariaDB cuts."""
+    half = timedelta(seconds=0.5)
+    return _crc(tuple([time and _cut(time + half) for time in _times(image)]))
+
+
+def _times(image: r.PutTrial) -> tuple[datetime | None, datetime | None]:
+    return _moment(image.datetime_start), _moment(image.datetime_complete)
+
+
+def _cut(moment: datetime | None) -> datetime | None:
+    return moment and moment.replace(microsecond=0)
 
 
 def _crc(value: Any) -> int:

@@ -6,7 +6,8 @@ a study that nobody else writes needs none of them but one: that the numbers are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 from datetime import datetime
 import io
 import json
@@ -16,7 +17,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from trialstore.logs.relational import tables as t
-from trialstore.logs.relational.dialects import Dialect
+from trialstore.logs.relational.connection import driver_error_of
+from trialstore.logs.relational.dialects import Dialect, Fault
+from trialstore.logs.relational.limits import refusal
 from trialstore.logs.relational.writing import number_and_type, template_values
 from trialstore.records import CreateTrial
 
@@ -47,14 +50,34 @@ def load_trials(
 
     Raises:
         KeyError: There is no such study.
-        ValueError: The study has other trials.
+        ValueError: The study has other trials, or a column can't hold what one has.
     """
+    try:
+        return _load_trials(engine, d, records, number, above, at_once=len(records))
+    except _OneOfThemError:  # of which one, the next attempt tells
+        return _load_trials(engine, d, records, number, above, at_once=1)
+
+
+class _OneOfThemError(Exception):
+    """A column can't hold what one of several trials has."""
+
+
+def _load_trials(
+    engine: Engine,
+    d: Dialect,
+    records: Sequence[CreateTrial],
+    number: int,
+    above: int,
+    *,
+    at_once: int,
+) -> int:
     c = t.trials.c
     study_id = records[0].study_id
     last = number + len(records) - 1
     newest = sa.select(sa.func.max(c.number)).where(c.study_id == study_id, c.trial_id > above)
-    if d.name == "postgresql":
-        # Not a snapshot that is older than the lock.
+    if d.name != "sqlite":
+        # A transaction, whatever the user's engine begins with, and not by a snapshot that is
+        # older than the lock.
         engine = engine.execution_options(isolation_level="READ COMMITTED")
     with engine.begin() as connection:
         if d.name == "sqlite":
@@ -85,12 +108,35 @@ def load_trials(
         )
         ids: dict[int, int] = {row[0]: row[1] for row in connection.execute(found)}
         if greatest != last:
-            _insert_children(connection, [(ids[number + i], one) for i, one in enumerate(records)])
+            for i in range(0, len(records), at_once):
+                some = records[i : i + at_once]
+                with _naming(d, number + i, some):
+                    _insert_children(
+                        connection, [(ids[number + i + j], one) for j, one in enumerate(some)]
+                    )
         if d.name == "postgresql" and _is_half_new(min(ids.values()), max(ids.values())):
             # It has no idea yet of what is in there, and would look for one trial among all of
             # its study. Left to itself it finds out after a minute.
             connection.exec_driver_sql(_ANALYZE)
     return max(ids.values())
+
+
+@contextlib.contextmanager
+def _naming(d: Dialect, number: int, records: Sequence[CreateTrial]) -> Iterator[None]:
+    """Say of a trial, if it is only one, that it has what a column can't hold."""
+    try:
+        yield
+    except Exception as error:
+        cause = driver_error_of(error)
+        fault = d.fault(cause)
+        # Keys that the collation holds equal. A sequence that has fallen behind is PostgreSQL's.
+        are_equal = fault is Fault.EXISTS and d.name == "mysql"
+        if fault is not Fault.VALUE and not are_equal:
+            raise
+        if len(records) > 1:
+            raise _OneOfThemError from error
+        told = refusal(records[0], str(cause))
+        raise ValueError(f"Trial number {number}: {told}") from error
 
 
 def _is_half_new(first_id: int, last_id: int) -> bool:
