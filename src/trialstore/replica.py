@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from json import dumps
 import logging
-import math
 import sys
 from typing import Any, Final, NamedTuple
 
@@ -36,7 +35,14 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import records as r
-from trialstore.contents import STATES, StudyContents, TrialContents, internal_value, slot_id
+from trialstore.contents import (
+    STATES,
+    StudyContents,
+    TrialContents,
+    internal_value,
+    readable_result,
+    slot_id,
+)
 from trialstore.log import Wanted
 from trialstore.records import ACCEPTED, Outcome, Record, Verdict
 
@@ -319,24 +325,10 @@ class Replica:
         return ACCEPTED
 
     def _set_state(self, trial: TrialContents, state: int, values: list[float] | None) -> None:
-        """State and values, readable ones: a COMPLETE trial without values is shown as FAIL."""
-        if not 0 <= state < len(STATES):
-            trial.warn_unreadable("state", f"{state} is no state")
-            state = r.FAIL
-        if values is not None:
-            if any(map(math.isnan, values)):
-                trial.warn_unreadable("values", f"{values} holds NaN")
-                values = None
-            elif len(values) != len(trial.study.directions):
-                trial.warn_unreadable(
-                    "values", f"{len(values)} for {len(trial.study.directions)} objectives"
-                )
-                values = None
-        if state == r.COMPLETE and values is None:
-            trial.warn_unreadable("state", "COMPLETE without values, shown as FAIL")
-            state = r.FAIL
-        trial.state = state
-        trial.values = values
+        n_objectives = len(trial.study.directions)
+        trial.state, trial.values, unreadable = readable_result(state, values, n_objectives)
+        for field, why in unreadable:
+            trial.warn_unreadable(field, why)
 
     def _apply_set_trial_intermediate_value(self, record: r.SetTrialIntermediateValue) -> Outcome:
         trial = self._unfinished.get(record.trial_id)

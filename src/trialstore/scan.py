@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from optuna.study import StudyDirection
 
+from trialstore.contents import readable_result
 from trialstore.log import START, Cursor, Log, Overview, Paged, Wanted
 from trialstore.records import COMPLETE, RUNNING, PutStudy, PutTrial
 from trialstore.replica import Replica
@@ -117,8 +118,10 @@ class Scan:
         """The trials of a study, in order of id."""
         if isinstance(self._log, Paged):
             above = -1
+            n_objectives = len(self._replica.study_image(study_id).directions)
             while page := self._page(study_id, above):
-                yield from page
+                # Of the others the replica has seen to it.
+                yield from (_readable(image, n_objectives) for image in page)
                 above = page[-1].trial_id
             return
         if self._log is None:
@@ -135,6 +138,11 @@ class Scan:
     def _page(self, study_id: int, above: int) -> Sequence[PutTrial]:
         page: Sequence[PutTrial] = self._use(lambda log: log.page(study_id, above, _PAGE_TRIALS))
         return page
+
+
+def _readable(image: PutTrial, n_objectives: int) -> PutTrial:
+    state, values, unreadable = readable_result(image.state, image.values, n_objectives)
+    return msgspec.structs.replace(image, state=state, values=values) if unreadable else image
 
 
 def _unpack(packed: _Packed) -> PutTrial:

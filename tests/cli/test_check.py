@@ -56,7 +56,9 @@ def test_a_damaged_journal(name: str, filled: Path, tmp_path: Path, cli: Cli) ->
 @pytest.mark.parametrize("name", SQLITE_DAMAGES)
 def test_damaged_tables(name: str, filled: Path, tmp_path: Path, cli: Cli) -> None:
     url = damage_tables(name, filled / "a.db", tmp_path / "damaged.db")
-    assert SQLITE_DAMAGES[name][1] in _kinds(cli.json("check", url, code=1))
+    report = cli.json("check", url, code=1)
+    assert SQLITE_DAMAGES[name][1] in _kinds(report)
+    assert cli.json("check", url, "--deep", code=1)["findings"] == report["findings"], "once each"
 
 
 def test_a_damaged_page_of_a_database(filled: Path, tmp_path: Path, cli: Cli) -> None:

@@ -16,6 +16,7 @@ import optuna
 from optuna.distributions import FloatDistribution, distribution_to_json
 import pytest
 
+from damages import damage_tables
 import stores
 from stores import KINDS, Cli, new_url
 import trialstore
@@ -73,6 +74,20 @@ def test_a_second_copy_has_nothing_to_do(kind: str, origin: str, tmp_path: Path,
     study.optimize(lambda trial: trial.suggest_float("x", -1, 1), n_trials=2)
     numbers = [trial.number for trial in study.trials]
     assert numbers == list(range(len(numbers)))
+    assert cli("check", target).code == 0
+
+
+@pytest.mark.parametrize("name", ["COMPLETE without values", "too many values"])
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_what_cannot_be_read_is_copied_as_it_is_shown(
+    name: str, kind: str, filled: Path, tmp_path: Path, cli: Cli
+) -> None:
+    damaged = damage_tables(name, filled / "a.db", tmp_path / "damaged.db")
+    target = new_url(kind, tmp_path)
+    for _ in range(2):  # the second one goes on with the first
+        copied = cli.json("copy", damaged, target, "--verify")
+        assert [one["differences"] for one in copied] == [[], [], []]
+    assert _contents(target) == _contents(damaged)
     assert cli("check", target).code == 0
 
 

@@ -76,8 +76,7 @@ def check(
     n_trials = 0
     if deep or not isinstance(log, Inspectable):
         for study in scan.studies:
-            for image in scan.trials(study.study_id):
-                findings += _of_image(image, len(study.directions))
+            for _ in scan.trials(study.study_id):
                 n_trials += 1
                 if n_trials % 10_000 == 0:
                     progress(n_trials)
@@ -95,31 +94,19 @@ _OLDER: Final = (
 )
 
 
-def _of_image(image: r.PutTrial, n_objectives: int) -> Iterator[Finding]:
-    """What can't be true of a trial, whatever log it comes from."""
-    where = f"study {image.study_id}, trial {image.number}"
-    if image.state == r.COMPLETE and image.values is None:
-        yield Finding("values-missing", where, "The trial is COMPLETE and has no values.")
-    if image.values is not None and len(image.values) != n_objectives:
-        message = f"{len(image.values)} values for {n_objectives} objectives."
-        yield Finding("values-many", where, message)
-
-
 # --- journals ------------------------------------------------------------------------------------
 
-_DELETED: Final = -1
 _SEQS_MAX: Final = 4096
 
 
 class _Study:
-    __slots__ = ("distributions", "id", "n_objectives", "n_trials", "name")
+    __slots__ = ("id", "n_objectives", "n_trials", "name")
 
     def __init__(self, study_id: int, name: str, n_objectives: int) -> None:
         self.id = study_id
         self.name = name
         self.n_objectives = n_objectives
         self.n_trials = 0
-        self.distributions: dict[str, BaseDistribution] = {}
 
 
 class Audit:
@@ -233,7 +220,7 @@ class Audit:
         self._states.append(r.FAIL)
         yield from self._state(len(self._states) - 1, record.state, values, study)
         for name, internal in record.params.items():
-            yield from self._param(study, name, internal, record.distributions.get(name))
+            yield from self._param(name, internal, record.distributions.get(name))
         for step in record.intermediate_values:
             if not step.lstrip("-").isdigit():
                 yield "step-unreadable", f"{step!r} is no step."
@@ -249,7 +236,7 @@ class Audit:
             return
         if isinstance(record, r.SetTrialParam):
             yield from self._param(
-                study, record.param_name, record.param_value_internal, record.distribution
+                record.param_name, record.param_value_internal, record.distribution
             )
         elif isinstance(record, r.SetTrialStateValues):
             yield from self._state(trial_id, record.state, record.values, study)
@@ -269,9 +256,7 @@ class Audit:
         elif state == r.COMPLETE and values is None:
             yield "values-missing", f"Trial id {trial_id} is COMPLETE and has no values."
 
-    def _param(
-        self, study: _Study, name: str, internal: float, text: str | None
-    ) -> Iterator[tuple[str, str]]:
+    def _param(self, name: str, internal: float, text: str | None) -> Iterator[tuple[str, str]]:
         if text is None:
             yield "distribution-unreadable", f"Parameter {name!r} has no distribution."
             return
