@@ -22,7 +22,6 @@ from trialstore.records import RUNNING, AnyOperation, Outcome, PutParam, PutTria
 _T = TypeVar("_T")
 
 _ARRAY: Final = b"M\xdd"  # msgpack's array with a length of 4 bytes, so that lengths can be added
-_ARRAY_LEN: Final = len(_ARRAY) + 4
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _operations_decoder: Final = msgspec.msgpack.Decoder(list[AnyOperation])

@@ -36,7 +36,7 @@ import msgspec
 
 from trialstore import records as r
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
-from trialstore.log import Batch, Wanted
+from trialstore.log import NOTHING, Batch, Wanted
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.callers import Callers
 from trialstore.logs.relational.connection import Connection
@@ -621,22 +621,9 @@ class Exchange:
         return self._finish(session, reading)
 
     def wanted_anything(self) -> bool:
-        w, wrote = self.wanted, self.written
-        return bool(
-            w.catalogue
-            or w.studies
-            or w.names
-            or w.trials_of
-            or w.finished_of
-            or w.waiting_of
-            or w.next_of
-            or w.trials
-            or w.numbers
-            or w.params
-            or wrote.trials
-            or wrote.studies
-            or wrote.names
-            or wrote.created
+        wrote = self.written
+        return self.wanted != NOTHING or bool(
+            wrote.trials or wrote.studies or wrote.names or wrote.created
         )
 
     def _find_gone(self, session: Session) -> None:
