@@ -13,7 +13,7 @@ record is in the log and only this process's memory is behind, which dies with t
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import itertools
 import logging
@@ -274,7 +274,10 @@ class Exchanger:
         except BaseException as error:
             # A failure, or an interrupt between any two lines above or in ``_lead``.
             if leads:
-                self._give_up(calls, error)
+                try:
+                    self._give_up(calls, error)
+                finally:  # again, if an interrupt came as that began
+                    self._give_up(calls, error)
             raise
 
     def _is_free_for_calls(self) -> bool:
@@ -392,10 +395,10 @@ class Exchanger:
                 decided[:] = decide(self.replica)
             return decided
 
-        with self._leading():
+        def append(log: ConditionalLog) -> list[Outcome]:
             while True:
                 try:
-                    batch = self.log.exchange_if(told, self._cursor, wanted)
+                    batch = log.exchange_if(told, self._cursor, wanted)
                     break
                 except LogCompactedError:
                     known.update(self._read_anew())
@@ -408,22 +411,25 @@ class Exchanger:
                     return _outcomes_of(decided, known)
                 return _outcomes_in(batch, decided, replayed)
 
-    def use_log(self, use: Callable[[Any], _T]) -> _T:
-        """Call something else that the log can do, while no exchange is on the wire."""
-        with self._leading():
-            return use(self.log)
+        return self.use_log(append)
 
-    @contextlib.contextmanager
-    def _leading(self) -> Iterator[None]:
-        """Keep the wire for one thread; others' records and wishes gather meanwhile."""
+    def use_log(self, use: Callable[[Any], _T]) -> _T:
+        """Call something else that the log can do, while no exchange is on the wire.
+
+        Others' records and wishes gather meanwhile. (As a context manager this would keep the
+        lead if an interrupt came between its beginning and the block.)
+        """
         self._refuse_reentry()
         try:
             with self.mutex:
                 self._wait_for_the_wire()
                 self._leader = threading.get_ident()
-            yield
+            return use(self.log)
         finally:
-            self._certainly(self._release_own_lead)
+            try:
+                self._certainly(self._release_own_lead)
+            finally:  # again, if an interrupt came as that began
+                self._certainly(self._release_own_lead)
 
     def _lead(
         self,
@@ -679,17 +685,20 @@ class Exchanger:
         with self.mutex:
             if not self.replica.unloaded(wanted):
                 return
-        with self._leading():
+
+        def load(log: Any) -> None:
             with self.mutex:
                 focus = self.replica.loaded_study_ids() | self.replica.unloaded(wanted)
             apart = focus if len(focus) <= _STUDIES_APART_MAX else None
             try:
-                restored = catch_up(self.log, restore(cast(Any, self.log), apart))
+                restored = catch_up(log, restore(log, apart))
             except LogCompactedError:
                 self._read_anew()
                 return
             with self.mutex:
                 self.replica, self._cursor = restored.replica, restored.cursor
+
+        self.use_log(load)
 
     def restore(self, restored: Restored) -> None:
         """Go on from other contents, of the same log."""

@@ -12,13 +12,12 @@ trial RUNNING; one that it leaves is lost, and found by the lease that is left w
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import logging
 from multiprocessing import util as multiprocessing_util
 import os
 import threading
-from typing import Final
+from typing import Final, TypeVar
 import weakref
 
 from trialstore.clock import Clock
@@ -26,6 +25,7 @@ from trialstore.exchange import Exchanger
 from trialstore.log import LeaseStore
 
 _logger = logging.getLogger("trialstore")
+_T = TypeVar("_T")
 
 _RETRY_PAUSE_S: Final = 1.0
 
@@ -60,7 +60,7 @@ class Heartbeat:
         self._worker_id = self._exchanger.worker_id
         self._changed = threading.Condition(self._exchanger.mutex)
         self._is_taken = False
-        self._n_starting = 0  # trials that are being created or claimed
+        self._starting: set[object] = set()  # a token for each that is being created or claimed
         self._thread: threading.Thread | None = None
         self._due_s = 0.0
 
@@ -72,30 +72,27 @@ class Heartbeat:
         """Whether the trials of this storage are covered, now and from now on."""
         return self._is_taken and self._is_of_this_process()
 
-    @contextlib.contextmanager
-    def covering(self) -> Iterator[None]:
-        """Around the creation or the claim of a trial, so that its first beat comes with it.
+    def covering(self, start: Callable[[], _T]) -> _T:
+        """Create or claim a trial, so that its first beat comes with it.
 
         Raises:
             LogUnavailableError: No lease can be taken; nothing was created.
             RuntimeError: The system starts no more threads; likewise.
         """
         if self._interval_s() is None:
-            yield
-            return
-        mutex = self._exchanger.mutex
-        with mutex:
-            if not self._is_of_this_process():
-                self._begin()  # forked: the lease, the thread and the mutex are the parent's
-            self._n_starting += 1  # keeps the thread from withdrawing
-            is_taken = self._is_taken
+            return start()
+        token = object()
         try:
+            with self._exchanger.mutex:
+                if not self._is_of_this_process():
+                    self._begin()  # forked: the lease, the thread and the mutex are the parent's
+                self._starting.add(token)  # keeps the thread from withdrawing
+                is_taken = self._is_taken
             if not is_taken:
                 self._exchanger.use_log(self._take)
-            yield
+            return start()
         finally:
-            with mutex:
-                self._n_starting -= 1
+            self._starting.discard(token)
 
     def _take(self, log: LeaseStore) -> None:
         log.take_lease(self._worker_id)
@@ -148,7 +145,7 @@ class Heartbeat:
 
     def _withdraw(self, log: LeaseStore) -> None:
         with self._exchanger.mutex:
-            if self._n_starting:
+            if self._starting:
                 return
             self._stop()
             trial_ids = self._running()
@@ -157,7 +154,7 @@ class Heartbeat:
     def end(self) -> None:
         """``withdraw`` at the end of the process, unless it leaves a trial RUNNING."""
         with self._exchanger.mutex:
-            leaves_trials = self.is_beating and (self._running() or self._n_starting)
+            leaves_trials = self.is_beating and (self._running() or self._starting)
         if not leaves_trials:
             self.withdraw()
 
@@ -198,7 +195,7 @@ class Heartbeat:
             if self._thread is not threading.current_thread():
                 return
             trial_ids = self._running()
-            go_on = self._interval_s() is not None and (trial_ids or self._n_starting)
+            go_on = self._interval_s() is not None and (trial_ids or self._starting)
             if not go_on:
                 self._stop()
         if go_on:

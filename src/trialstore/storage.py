@@ -605,8 +605,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         """Write the creation or the claim of a trial that this storage is to run."""
         if self._heartbeat_interval is None:
             return self._write_and_own(record)
-        with self._beats().covering():
-            return self._write_and_own(record)
+        return self._beats().covering(lambda: self._write_and_own(record))
 
     def _write_and_own(self, record: r.CreateTrial | r.SetTrialStateValues) -> Outcome:
         outcome = self._write(record)
@@ -959,8 +958,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         if not isinstance(exchanger.log, LeaseStore):
             raise ValueError(f"{exchanger.log!r} keeps no leases.")
         if owns:
-            with heartbeat.covering():
-                pass
+            heartbeat.covering(lambda: None)
         elif not known:
             self.get_trial(trial_id)
         with exchanger.mutex:

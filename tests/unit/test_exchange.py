@@ -650,6 +650,32 @@ def test_an_interrupt_at_any_moment_leaves_the_lead_to_others(
     assert moment > 20
 
 
+@pytest.mark.parametrize("error", [None, LogUnavailableError("away")], ids=repr)
+def test_an_interrupt_at_any_moment_of_another_use_of_the_log_leaves_the_lead_to_others(
+    storage: Storage, tap: _Tap, error: Exception | None
+) -> None:
+    """A lease, a scan, ``close``; and of an exchange that fails."""
+
+    def fail(records: object) -> None:
+        if error is not None:
+            raise error
+
+    def use() -> None:
+        with contextlib.suppress(LogUnavailableError):
+            storage._exchanger.use_log(fail)
+        with contextlib.suppress(LogUnavailableError):
+            storage.get_all_studies()
+
+    for moment in itertools.count(1):
+        tap.before = fail
+        interrupted = is_interrupted_at(moment, use, exchange.__file__, contextlib.__file__)
+        tap.before = lambda records: None
+        assert storage._exchanger._leader is None
+        if not interrupted:
+            break
+    assert moment > 20
+
+
 _WRITES: dict[str, Callable[[Storage, int], None]] = {
     "param": lambda storage, trial_id: storage.set_trial_param(trial_id, "x", 0.25, _X),
     "value": lambda storage, trial_id: storage.set_trial_intermediate_value(trial_id, 0, math.nan),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 from pathlib import Path
@@ -19,7 +21,9 @@ import pytest
 
 from ageing import age_beats
 from backends import ListBackend
+from interrupts import is_interrupted_at
 import trialstore
+from trialstore import heartbeat
 from trialstore.callbacks import HAS_NEW_NAMES
 from trialstore.errors import LogUnavailableError
 from trialstore.journal import JournalFileBackend, JournalStorage
@@ -195,11 +199,27 @@ def test_a_shorter_interval_counts_at_once(path: Path) -> None:
 def test_a_trial_that_is_being_created_during_close_is_covered(path: Path) -> None:
     storage = _open(path)
     storage.create_new_trial(0)
-    with storage._beats().covering():
+
+    def close() -> None:
         storage.close()
         assert _n_leases(path) == 1 and storage._beats().is_beating
+
+    storage._beats().covering(close)
     storage.close()
     assert _n_leases(path) == 0 and not storage._beats().is_beating
+
+
+def test_after_an_interrupt_of_a_creation_close_withdraws_the_lease(path: Path) -> None:
+    storage = _open(path)
+    create = functools.partial(storage.create_new_trial, 0)
+    for moment in itertools.count(1):
+        interrupted = is_interrupted_at(moment, create, heartbeat.__file__, contextlib.__file__)
+        create()
+        storage.close()
+        assert _n_leases(path) == 0
+        if not interrupted:
+            break
+    assert moment > 10
 
 
 @pytest.mark.parametrize("interval_s", [60, None])
