@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
+import random
 import shutil
 import sqlite3
 from typing import Any
@@ -355,6 +357,61 @@ def test_records_in_an_attribute_of_a_damaged_one_are_not_taken_for_the_journals
         (trial,) = _contents(f"{path}.repaired")["s"]["trials"]
         assert trial["user_attrs"] == {"more": 1}
         Path(f"{path}.repaired").unlink()
+
+
+def _interleaved(path: Path) -> None:
+    """Trials of which others are begun before they are told."""
+    storage = trialstore.JournalStorage(trialstore.journal.JournalFileBackend(str(path)))
+    study = optuna.create_study(storage=storage, study_name="s")
+    running = []
+    for number in range(30):
+        running.append(study.ask())
+        running[-1].suggest_float("x", 0.0, 1.0)
+        running[-1].set_user_attr("n", number)
+        if number > 2:
+            study.tell(running.pop(number % 3), number)
+    for trial in running:
+        study.tell(trial, 0.5)
+    storage.close()
+
+
+def _trials_of(lines: list[bytes]) -> list[int]:
+    """The trial that each line is about, or -1."""
+    records = [r.decode_line(line) for line in lines]
+    created = iter(range(len(records)))
+    return [
+        next(created) if isinstance(record, r.CreateTrial) else getattr(record, "trial_id", -1)
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize("n_bytes", [512, 2048])
+@pytest.mark.parametrize("what", ["zeros", "garbage", "nothing"])
+def test_a_block_of_a_journal_costs_what_was_in_it(
+    what: str, n_bytes: int, tmp_path: Path, cli: Cli
+) -> None:
+    """And not all that was written behind it, whose ids are by the trials created before."""
+    path = tmp_path / "j"
+    _interleaved(path)
+    before = _trials(_contents(str(path)))
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    ends = list(itertools.accumulate(map(len, lines)))
+    rng = random.Random(0)
+    replacement = {"zeros": bytes(n_bytes), "garbage": rng.randbytes(n_bytes), "nothing": b""}
+    for begin in range(2 * ends[0], len(whole) - 4 * n_bytes, 3001):
+        end = begin + n_bytes
+        path.write_bytes(whole[:begin] + replacement[what] + whole[end:])
+        assert cli("repair", str(path)).code == 1
+        after = _trials(_contents(f"{path}.repaired"))
+        Path(f"{path}.repaired").unlink()
+        assert after.keys() == before.keys()
+        hit = {
+            trial_id
+            for trial_id, line, line_end in zip(_trials_of(lines), lines, ends, strict=True)
+            if line_end > begin and line_end - len(line) < end
+        }
+        assert {number for _, number in before if before["s", number] != after["s", number]} <= hit
 
 
 def test_a_symlink_in_place_stays_one(filled: Path, tmp_path: Path, cli: Cli) -> None:

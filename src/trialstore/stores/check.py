@@ -147,8 +147,15 @@ class Audit:
 
     @property
     def newest_study(self) -> int | None:
-        """Id of the study that the last trial was created in."""
-        return self._study_of[-1] if self._study_of else None
+        """Id of the study that the last trial was created in, or of the last one that is there."""
+        if self._study_of and self._study_of[-1] in self.studies:
+            return self._study_of[-1]
+        return next(reversed(self.studies), None)
+
+    @property
+    def n_created(self) -> int:
+        """Trials, those of deleted studies as well."""
+        return len(self._study_of)
 
     @property
     def n_trials(self) -> int:

@@ -124,7 +124,7 @@ def _write(log: Entries, path: Path) -> Repaired:
     """Write to a file what is left of a journal."""
     if isinstance(log, CompactableLog) and log.load_base().snapshot is not None:
         raise ValueError("The journal was trimmed; `trialstore copy` reads what it holds.")
-    fills = _positions_to_fill(log)
+    fills = _lost_creations(log)
     done: list[str] = []
     given_up: list[str] = []
     audit = Audit(Replica())
@@ -178,28 +178,32 @@ def repair_tables(log: TablesLog) -> Repaired:
 def _kept(
     salvaged: Salvaged,
     audit: Audit,
-    fills: set[str],
+    fills: dict[str, int],
     done: list[str],
     given_up: list[str],
 ) -> Iterator[bytes]:
     """The lines that take the place of an entry; a whole one stays as it is, byte for byte."""
     where = salvaged.entry.where
     kept = salvaged.kept
-    if where in fills and audit.newest_study is not None:
-        kept = (lost_trial(audit.newest_study),)
     if salvaged.kind in ("torn-tail", "glued-record"):
         done.append(f"{where}: took away what a crash had left.")
     elif salvaged.kind and kept:
-        stands_in = (salvaged.kind != "checksum" and kept[0].worker_id == "lost") or where in fills
         done.append(
             f"{where}: kept {len(kept)} records of a damaged line."
-            if not stands_in
-            else f"{where}: put a trial in the place of the one that was created here."
+            if not salvaged.stands_in
+            else f"{where}: put a stand-in for what was created here."
         )
         if salvaged.kind == "checksum":
             given_up.append(f"{where}: some field of the trial may not be what was written.")
     elif salvaged.kind:
         given_up.append(f"{where}: {salvaged.message} What it said is lost.")
+    study = audit.newest_study
+    if where in fills and study is not None:
+        done.append(f"{where}: put trials in the place of those created here: {fills[where]}.")
+        if salvaged.stands_in:
+            given_up.append(f"{where}: {salvaged.message} What else it said is lost.")
+        lost = (lost_trial(study),) * fills[where]
+        kept = (*kept, *lost) if salvaged.stands_in else (*lost, *kept)
     for record in kept:
         wrong = [f.kind for f in audit.take(Salvaged(salvaged.entry, record))]
         if "record-double" in wrong:
@@ -212,18 +216,32 @@ def _kept(
             yield salvaged.entry.data.lstrip(b" ") + b"\n"
 
 
-def _positions_to_fill(log: Entries) -> set[str]:
-    """Places of damaged records that must have created a trial, or later ids have no trial.
+def _lost_creations(log: Entries) -> dict[str, int]:
+    """How many trials were created by what is destroyed, by place; ids are positions.
 
-    That is sure only if as many creations are missing as there are records of which nothing
-    tells what they were.
+    Behind it others name them, or trials that were created later: as many more than the records
+    that are left create.
     """
-    unknown: list[str] = []
-    greatest, n_created = -1, 0
+    lost: dict[str, int] = {}
+    audit = Audit(Replica())
+    place = ""
+    n_created = 0
+    named: set[int] = set()
     for salvaged in map(read_entry, log.entries()):
-        if salvaged.is_unknown:
-            unknown.append(salvaged.entry.where)
+        entry = salvaged.entry
+        if salvaged.kind and salvaged.kind != "torn-tail":
+            place = entry.where
         for record in salvaged.kept:
-            n_created += isinstance(record, r.CreateTrial)
-            greatest = max(greatest, getattr(record, "trial_id", -1))
-    return set(unknown) if greatest + 1 - n_created == len(unknown) else set()
+            n_before = audit.n_created
+            wrong = [finding.kind for finding in audit.take(Salvaged(entry, record))]
+            if "record-double" not in wrong:
+                n_created += audit.n_created - n_before
+            trial_id = getattr(record, "trial_id", -1)
+            if place and trial_id >= n_created:
+                # Where no checksum says that the id is what was written, a second record has to.
+                line = (entry.data or b"").lstrip(b" ")
+                if trial_id in named or r.checksum_matches(line):
+                    lost[place] = lost.get(place, 0) + trial_id + 1 - n_created
+                    n_created = trial_id + 1
+                named.add(trial_id)
+    return lost

@@ -31,7 +31,7 @@ class Salvaged(msgspec.Struct, frozen=True):
         severity: The same in a word.
         kept: What a repair writes in its place: the record; of a damaged line the whole records
             that are in it; of one that created something a stand-in, so that later ids stay.
-        is_unknown: Nothing tells whether the damaged record created a trial.
+        stands_in: What is kept is such a stand-in, and first of what was there.
     """
 
     entry: Entry
@@ -40,14 +40,14 @@ class Salvaged(msgspec.Struct, frozen=True):
     message: str = ""
     severity: Severity = "error"
     kept: tuple[AnyOperation, ...] = ()
-    is_unknown: bool = False
+    stands_in: bool = False
 
 
 def read_entry(entry: Entry) -> Salvaged:
     """The record of an entry, or what is wrong with it."""
     if entry.data is None:
         message = "The record is missing: evicted, deleted, or its writer was killed."
-        return Salvaged(entry, kind="record-missing", message=message, is_unknown=True)
+        return Salvaged(entry, kind="record-missing", message=message)
     line = entry.data.lstrip(b" ")
     record, why = _read(line)
     if not entry.ended:
@@ -80,8 +80,7 @@ def _damaged(entry: Entry, line: bytes, why: str) -> Salvaged:
         return Salvaged(entry, None, "record-damaged", why, kept=whole)
     stand_in = _stand_in(line)
     kept = () if stand_in is None else (stand_in,)
-    is_unknown = stand_in is None and _field(line, b"op_code") is None
-    return Salvaged(entry, None, "record-damaged", why, kept=kept, is_unknown=is_unknown)
+    return Salvaged(entry, None, "record-damaged", why, kept=kept, stands_in=bool(kept))
 
 
 def _read(line: bytes) -> tuple[AnyOperation | None, str]:
