@@ -19,7 +19,8 @@ import sqlalchemy as sa
 from servers import new_database, proxied, shared_mariadb
 from trialstore import RDBStorage, records as r
 from trialstore.clock import Clock
-from trialstore.log import NOTHING, START, Wanted
+from trialstore.errors import LogUnavailableError
+from trialstore.log import NOTHING, START, Wanted, copier
 from trialstore.logs.relational import TablesLog, tables as t
 from trialstore.testing.contents import study_contents
 from trialstore.testing.proxy import CountingProxy
@@ -255,7 +256,9 @@ class _Meanwhile(Clock):
         super().sleep(duration_s)
 
 
-def test_as_many_connections_as_a_user_may_have_are_waited_for(url: str) -> None:
+def test_as_many_connections_as_a_user_may_have_are_waited_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     RDBStorage(url).close()
     few = _let_in(url, "SELECT, INSERT, UPDATE, DELETE", [*_OPTUNAS, t.sessions.name])
     name = sa.make_url(few).username
@@ -265,6 +268,10 @@ def test_as_many_connections_as_a_user_may_have_are_waited_for(url: str) -> None
         with sa.create_engine(url, poolclass=sa.NullPool).begin() as connection:
             connection.exec_driver_sql(f"ALTER ROLE {name} CONNECTION LIMIT 1")
     first = TablesLog(few)
+    with monkeypatch.context() as patch:
+        patch.setattr(Clock, "sleep", lambda *_: pytest.fail("who is connected need not wait"))
+        with pytest.raises(LogUnavailableError):
+            copier(first)()
     TablesLog(few, clock=_Meanwhile(first.close)).close()
 
 

@@ -682,6 +682,34 @@ def test_where_the_log_judges_a_repetition_has_the_outcome_of_the_first(
     assert len([one for one in batch.news if isinstance(one, r.PutTrial)]) == 1
 
 
+def test_where_no_more_connections_are_to_be_had_clients_take_turns(tmp_path: Path) -> None:
+    n_asked, goes_on = itertools.count(), threading.Event()
+
+    def refuse() -> TablesLog:
+        next(n_asked)
+        raise LogUnavailableError("by the test")
+
+    share = JudgedShare(TablesLog(f"sqlite:///{tmp_path}/a.db"), refuse, n_copies_max=3)
+    request = Request([], b"", Wanted(catalogue=True))
+    first = threading.Thread(target=share.alone, args=(lambda: goes_on.wait(_DEADLINE_S),))
+    first.start()
+    while share._idle:
+        first.join(0.01)
+    answers: list[Any] = []
+    others = [
+        threading.Thread(target=lambda: answers.append(share.exchange(request))) for _ in range(3)
+    ]
+    for other in others:
+        other.start()
+        while not share._full_until_s:
+            other.join(0.01)
+    goes_on.set()
+    for one in (first, *others):
+        one.join(_DEADLINE_S)
+    assert len(answers) == 3
+    assert next(n_asked) == 1, "each asked anew"
+
+
 # --- what many clients read ----------------------------------------------------------------------
 
 

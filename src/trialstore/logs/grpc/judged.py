@@ -23,6 +23,8 @@ import threading
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeVar
 
+from trialstore.clock import CLOCK
+from trialstore.errors import LogUnavailableError
 from trialstore.log import (
     NOTHING,
     START,
@@ -62,6 +64,8 @@ _T = TypeVar("_T")
 
 # Of studies that clients have opened, packed; some 600 bytes a trial.
 _OPENINGS_BYTES_MAX: Final = 64 << 20
+_FULL_S: Final = 10.0
+"""Where a database gives no further connection, another is tried so much later."""
 _LANES_MAX: Final = 256
 """An older one is begun anew, which costs an exchange a little more once."""
 
@@ -80,6 +84,7 @@ class JudgedShare:
         self._copy_log = copy_log
         self._n_more = n_copies_max - 1
         self._idle = [log]
+        self._full_until_s = 0.0
         self._available = threading.Condition()
         self._remembered = settle.Remembered()
         self._openings: OrderedDict[int, _Opening] = OrderedDict()
@@ -250,25 +255,35 @@ class JudgedShare:
 
     @contextlib.contextmanager
     def _copy(self) -> Iterator[Log]:
-        with self._available:
-            while not self._idle and self._n_more <= 0:
-                self._available.wait()
-            if self._idle:
-                log = self._idle.pop()
-            else:
-                self._n_more -= 1
-                log = None
+        log = self._taken()
         try:
-            if log is None:
-                log = self._copy_log()
             yield log
         finally:
             with self._available:
-                if log is None:
-                    self._n_more += 1
-                else:
-                    self._idle.append(log)
+                self._idle.append(log)
                 self._available.notify()
+
+    def _taken(self) -> Log:
+        """A handle that is idle, or another; where no other is to be had, wait for one."""
+        while True:
+            with self._available:
+                while not self._idle and not self._may_open():
+                    self._available.wait()
+                if self._idle:
+                    return self._idle.pop()
+                self._n_more -= 1
+            try:
+                return self._copy_log()
+            except BaseException as error:
+                with self._available:
+                    self._n_more += 1
+                    self._full_until_s = CLOCK.now_s() + _FULL_S
+                    self._available.notify()
+                if not isinstance(error, LogUnavailableError):
+                    raise
+
+    def _may_open(self) -> bool:
+        return self._n_more > 0 and CLOCK.now_s() >= self._full_until_s
 
 
 def _read_on(log: Log, cursor: Cursor, wanted: Wanted) -> tuple[list[Packed], Cursor]:

@@ -58,7 +58,8 @@ class Connection:
     """A connection that opens and heals by itself, in the process that uses it.
 
     Its arguments are those of ``TablesLog``, the ``folder`` that the path of a SQLite file begins
-    in, and the ``contents`` that a database in memory begins with, as a script.
+    in, the ``contents`` that a database in memory begins with, as a script, and for how long it is
+    tried to open it.
 
     Attributes:
         session_id: Names its row in ``trialstore_sessions``, the mark.
@@ -83,6 +84,7 @@ class Connection:
         clock: Clock,
         folder: str = "",
         contents: str | None = None,
+        opening_deadline_s: float = _OPENING_DEADLINE_S,
     ) -> None:
         self.url = url
         self.engine_kwargs = engine_kwargs
@@ -113,7 +115,7 @@ class Connection:
         self.decoder = Decoder()
         self.durable_commits = 0
         self._prepared = False
-        self.persistently(self.session, min(retry_deadline_s, _OPENING_DEADLINE_S))
+        self.persistently(self.session, min(retry_deadline_s, opening_deadline_s))
 
     def __repr__(self) -> str:
         return f"TablesLog({shown_url(sa.make_url(self.url))!r})"

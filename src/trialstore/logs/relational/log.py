@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-import copy
-import functools
 import math
 from typing import Any, Final
 
@@ -87,13 +85,11 @@ class TablesLog:
         }
         self._open(options, clock, folder=working_folder())
 
-    def _open(
-        self, options: dict[str, Any], clock: Clock, *, folder: str, contents: str | None = None
-    ) -> None:
+    def _open(self, options: dict[str, Any], clock: Clock, **more: Any) -> None:
         self._options = options
         self.leased: set[str] = set()
         """Owners whose trials are covered by a lease."""
-        self.connection = Connection(**options, clock=clock, folder=folder, contents=contents)
+        self.connection = Connection(**options, clock=clock, **more)
         self._callers = Callers(self.connection, clock)
         self._dialect = self.connection.dialect
 
@@ -133,7 +129,13 @@ class TablesLog:
         """See ``Copyable``: an engine may be made with what no pickle holds, such as a creator."""
         if self.connection.is_shared:
             raise ValueError("It may be in reach of one connection only.")
-        return functools.partial(copy.copy, self)
+        return self._copied
+
+    def _copied(self) -> TablesLog:
+        """At one attempt: who is connected already has better to do than to wait for more."""
+        made = object.__new__(TablesLog)
+        made._open(self._options, CLOCK, folder=self.connection.folder, opening_deadline_s=0.0)
+        return made
 
     # --- the log ---
 
