@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy as sa
 
 from damages import (
     JOURNAL_DAMAGES,
@@ -156,3 +157,21 @@ def test_tables_of_plain_optuna(tmp_path: Path, cli: Cli) -> None:
     url = f"sqlite:///{tmp_path}/plain.db"
     stores.fill(optuna.storages.RDBStorage(url))
     assert cli.json("check", url, "--deep")["findings"] == []
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("command", [["check"], ["check", "--deep"], ["repair", "--in-place"]])
+def test_what_may_not_be_read_is_not_called_damaged(
+    command: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    url = new_url("psycopg", tmp_path)
+    trialstore.RDBStorage(url).close()
+    address = sa.make_url(url)
+    name = f"u{address.database}"
+    with sa.create_engine(url, poolclass=sa.NullPool).begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN")
+        connection.exec_driver_sql(f"GRANT SELECT ON alembic_version, studies TO {name}")
+    few = address.set(username=name).render_as_string(hide_password=False)
+    result = cli(command[0], few, *command[1:])
+    assert result.code == 3
+    assert "permission denied" in result.err

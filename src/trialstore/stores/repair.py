@@ -172,7 +172,8 @@ def repair_tables(log: TablesLog) -> Repaired:
             f"Tables of version {version} can't be repaired; `trialstore upgrade` brings them to "
             f"{head}."
         )
-    return Repaired(*mend_tables(log.engine))
+    with log.connection.translating():
+        return Repaired(*mend_tables(log.engine))
 
 
 def _kept(

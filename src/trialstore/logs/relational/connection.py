@@ -5,7 +5,7 @@ Optuna's tables are created and checked when it is first opened. Source: docs/fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import os
 from pathlib import Path
@@ -325,16 +325,26 @@ class Connection:
                     self.rollback()
                 else:
                     self.rollback()
-                    if fault is Fault.CORRUPT:
-                        raise self._corrupt(driver_error) from driver_error
-                    if self._is_drivers(driver_error):
-                        raise self.unavailable(driver_error) from driver_error
-                    raise
+                    with self.translating():
+                        raise
                 if self._clock.now_s() + backoff_s > give_up_at:
                     raise self.unavailable(driver_error) from driver_error
             # Jitter, or those who collided meet again.
             self._clock.sleep(backoff_s * (0.5 + random.random()))
             backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
+
+    @contextlib.contextmanager
+    def translating(self) -> Iterator[None]:
+        """Raise what a driver says, or SQLAlchemy of it, as our own."""
+        try:
+            yield
+        except Exception as error:
+            driver_error = driver_error_of(error)
+            if self.fault(driver_error) is Fault.CORRUPT:
+                raise self._corrupt(driver_error) from driver_error
+            if self._is_drivers(driver_error):
+                raise self.unavailable(driver_error) from driver_error
+            raise
 
     @staticmethod
     def _is_drivers(error: BaseException) -> bool:

@@ -304,7 +304,8 @@ class TablesLog:
 
     def findings(self, *, deep: bool) -> Iterator[Finding]:
         """See ``Inspectable``."""
-        yield from findings_in_tables(self.engine, deep=deep)
+        with self.connection.translating():
+            yield from findings_in_tables(self.engine, deep=deep)
 
     # --- cursors, for who reads on behalf of others ---
 
