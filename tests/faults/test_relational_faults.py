@@ -29,7 +29,7 @@ from trialstore import records as r
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, Wanted
-from trialstore.logs.relational import TablesLog, connection, exchange
+from trialstore.logs.relational import TablesLog, connection, dialects, exchange
 from trialstore.logs.relational.session import Rows, Session, Step, plain
 from trialstore.rdb import RDBStorage
 from trialstore.testing.suites.base import run_threads, wait_until
@@ -515,6 +515,18 @@ def test_unreachable_for_good_names_the_cause_and_no_password(kind: str, tmp_pat
         TablesLog(wrong, clock=SteppingClock())
     assert "wr0ng-pass" not in str(caught.value)
     assert "s3cret" not in repr(TablesLog(url))
+
+
+@pytest.mark.parametrize("kind", DRIVERS[:2])
+def test_a_server_that_says_nothing_is_not_waited_for(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is frozen, to whom the kernel makes the connection."""
+    monkeypatch.setattr(dialects, "CONNECT_TIMEOUT_S", 2)  # the least of libpq
+    with proxied(new_database(kind, tmp_path)) as (proxy, through):
+        proxy.swallow()
+        with pytest.raises(LogUnavailableError, match="timeout"):
+            TablesLog(through, retry_deadline_s=0.001)
 
 
 @pytest.mark.parametrize("kind", DRIVERS)

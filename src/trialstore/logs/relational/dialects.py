@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 from datetime import datetime, timezone
 import enum
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -447,6 +448,10 @@ _POSTGRESQL_FAULTS: Final = _code_table(
 )
 
 
+CONNECT_TIMEOUT_S: Final = 10
+"""As long as PyMySQL gives a server that takes a connection and says nothing; libpq has no end."""
+
+
 class PostgreSQL(Dialect):
     """What both drivers share. Parameters get types, because a SELECT list infers none."""
 
@@ -525,6 +530,12 @@ class PostgreSQL(Dialect):
         return made.on_conflict_do_update(
             index_elements=names[:keys], set_=self._replaced(made, table, names[keys:], fence)
         )
+
+    def engine_options(self, url: sa.URL, options: dict[str, Any]) -> dict[str, Any]:
+        arguments = dict(options.get("connect_args", {}))
+        if not ("connect_timeout" in url.query or "PGCONNECT_TIMEOUT" in os.environ):
+            arguments.setdefault("connect_timeout", CONNECT_TIMEOUT_S)
+        return {**options, "connect_args": arguments}
 
     def fault(self, error: BaseException) -> Fault:
         code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
