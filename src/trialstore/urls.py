@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from trialstore.log import Log
 
 _REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "sentinel")
 _TABLES = ("sqlite", "postgresql", "mysql", "mariadb")
+_KINDS = (*_REDIS, *_TABLES, "grpc", "grpcs", "journal", "memory")
 _IN_MEMORY = "A store in memory lives in the process that made it, not here."
 _SQLITE_HEADER = b"SQLite format 3\0"
 _SCHEMES = (
@@ -43,20 +45,18 @@ def get_storage(
         if options:
             raise ValueError("Options go with a URL, not with a storage that exists already.")
         return storage
-    scheme, separator, rest = storage.partition("://")
-    if not separator:
+    scheme, separator, _ = storage.partition("://")
+    kind = scheme.partition("+")[0]
+    if not separator or kind == "journal":
         return _journal_file(storage, options)
     if scheme in _REDIS:
         return _journal_in_redis(storage, options)
-    kind = scheme.partition("+")[0]
     if kind in _TABLES:
         from trialstore.rdb import RDBStorage
 
         return RDBStorage(storage, **options)
     if kind in ("grpc", "grpcs"):
         return _grpc_proxy(storage, kind == "grpcs", options)
-    if kind == "journal":
-        return _journal_file(rest, options)
     if kind == "memory":
         from trialstore.in_memory import InMemoryStorage
 
@@ -80,14 +80,14 @@ def open_log(url: str, *, create: bool = False, any_version: bool = False, **opt
     """
     if not create:
         must_exist(url)
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     kind = scheme.partition("+")[0]
     if kind == "memory":
         raise ValueError(_IN_MEMORY)
     if not separator or kind == "journal":
         from trialstore.journal import JournalFileBackend
 
-        return JournalFileBackend(rest if separator else url, **options)
+        return JournalFileBackend(_journal_path(url), **options)
     if kind in _TABLES:
         from trialstore.logs.relational.log import TablesLog
 
@@ -111,13 +111,14 @@ def must_exist(url: str) -> None:
     Raises:
         LogUnavailableError: It is not.
         LogCorruptError: It is no SQLite database, where the URL says so.
-        ValueError: The URL names what lives in another process' memory.
+        ValueError: It is one, and the URL says otherwise; or the URL names no file at all, or what
+            lives in another process' memory.
     """
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     kind = scheme.partition("+")[0]
     path: str | None = None
     if not separator or kind == "journal":
-        path = rest if separator else url
+        path = _journal_path(url)
     elif kind == "sqlite":
         from trialstore.logs.relational.connection import sqlite_path
 
@@ -128,15 +129,18 @@ def must_exist(url: str) -> None:
         return
     if not Path(path).is_file():
         raise LogUnavailableError(f"There is no file {path}.")
-    with Path(path).open("rb") as file:
-        is_sqlite = file.read(len(_SQLITE_HEADER)) == _SQLITE_HEADER
-    if is_sqlite and kind != "sqlite":
-        raise ValueError(f"{path} is a SQLite database: its URL is sqlite:///{path}.")
-    if kind == "sqlite" and not is_sqlite:
+    if kind == "sqlite" and not _is_sqlite(path):
         raise LogCorruptError(
             "This is no SQLite database. The URL of a journal is journal:// and its path.",
             source=path,
         )
+
+
+def _is_sqlite(path: str) -> bool:
+    if not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(len(_SQLITE_HEADER)) == _SQLITE_HEADER
 
 
 def _unknown(scheme: str) -> ValueError:
@@ -145,11 +149,29 @@ def _unknown(scheme: str) -> ValueError:
     )
 
 
-def _journal_file(path: str, options: dict[str, Any]) -> BaseStorage:
-    from trialstore.journal import JournalFileBackend, JournalStorage
+def _journal_path(url: str) -> str:
+    """The path in the URL of a journal file, or that is given in its place.
 
+    Raises:
+        ValueError: It is empty, or rather the URL of something else.
+    """
+    _, separator, rest = url.partition("://")
+    path = rest if separator else url
     if not path:
         raise ValueError(f"The URL names no file. Known: {_SCHEMES}.")
+    kind, colon, _ = path.partition(":")
+    if colon and kind.partition("+")[0] in _KINDS:
+        raise ValueError(f"What begins with {kind + ':'!r} is no path. Known: {_SCHEMES}.")
+    with contextlib.suppress(OSError):  # whoever opens it is told
+        if _is_sqlite(path):
+            raise ValueError(f"{path} is a SQLite database: its URL is sqlite:///{path}.")
+    return path
+
+
+def _journal_file(url: str, options: dict[str, Any]) -> BaseStorage:
+    from trialstore.journal import JournalFileBackend, JournalStorage
+
+    path = _journal_path(url)
     of_backend = ("durability", "lock_obj")
     backend = JournalFileBackend(path, **{n: v for n, v in options.items() if n in of_backend})
     return JournalStorage(backend, **{n: v for n, v in options.items() if n not in of_backend})
@@ -185,8 +207,15 @@ def _grpc_proxy(url: str, tls: bool, options: dict[str, Any]) -> BaseStorage:
     from trialstore.grpc import GrpcStorageProxy
 
     parts = urlsplit(url)
+    try:
+        port = parts.port or 13000
+    except ValueError as error:
+        raise ValueError(f"The URL of a gRPC server is grpc://host:port. {error}.") from None
+    if "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(
+            "The URL of a gRPC server is grpc://host:port and nothing else. A token is in the "
+            "environment (TRIALSTORE_GRPC_TOKEN), or in the file that token_file names."
+        )
     if tls:
         options.setdefault("tls", True)
-    return GrpcStorageProxy(
-        host=parts.hostname or "localhost", port=parts.port or 13000, **options
-    )
+    return GrpcStorageProxy(host=parts.hostname or "localhost", port=port, **options)

@@ -66,7 +66,7 @@ def test_the_columns_are_those_of_optuna(
     assert [row["state"] for row in rows] == [trial.state.name for trial in study.trials]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize("suffix", ["jsonl", "JSONL", "parquet", "arrow"])
 @pytest.mark.parametrize("name", ["colours", "colours, several", "colours, empty"])
 def test_what_is_exported_comes_back(
     suffix: str, name: str, filled: tuple[str, optuna.Study], tmp_path: Path, cli: Cli

@@ -90,6 +90,7 @@ def test_what_is_wrong_is_said_and_nothing_is_made(
         (2, "Invalid value", "dashboard", journal, "--port", "0"),
         (3, "no folder", "export", journal, "--study", "colours", "-o", f"{tmp_path}/b/c.csv"),
         (3, "c.jsonl: No such file", "import", f"{tmp_path}/c.jsonl", journal),
+        (2, "sqlite:///relative/path", "check", "sqlite://a.db"),
         (4, "no SQLite database", "check", f"sqlite:///{database}"),
         (4, "no SQLite database", "info", f"sqlite:///{journal}"),
         (130, "Interrupted", "delete-study", journal, "colours"),  # nobody answers

@@ -25,6 +25,7 @@ from servers import free_port
 import stores
 from stores import KINDS, Cli, new_url, running
 import trialstore
+from trialstore.cli.watch import Board
 
 _DEADLINE_S = 120.0
 
@@ -282,6 +283,29 @@ def test_a_live_watch_shows_new_trials_and_studies_until_it_is_interrupted(tmp_p
         process.wait()
         os.close(terminal)
         os.close(other_end)
+
+
+def test_a_watch_goes_on_past_what_cannot_be_read_and_what_is_deleted(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    storage: Any = trialstore.get_storage(url)
+    for name in ("unreadable", "gone", "whole"):
+        study = optuna.create_study(study_name=name, storage=storage)
+        # The one COMPLETE trial that there is has no values.
+        tell = {"unreadable": None, "gone": [1.0], "whole": [2.0]}[name]
+        trial_id = storage.create_new_trial(study._study_id)
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, tell)
+    look = Board.look
+
+    def look_when_it_is_gone(board: Board) -> None:
+        if board.document()["study"] == "gone":
+            storage.delete_study(storage.get_study_id_from_name("gone"))
+        look(board)
+
+    monkeypatch.setattr(Board, "look", look_when_it_is_gone)
+    shown = {one["study"]: one["best"] for one in cli.json("watch", url)}
+    assert shown == {"unreadable": None, "whole": {"trial": 0, "value": 2.0}}
 
 
 def test_ctrl_c_ends_a_command_with_130(tmp_path: Path) -> None:

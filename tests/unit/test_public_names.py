@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from pathlib import Path
 import pickle
@@ -19,6 +20,7 @@ import trialstore
 from trialstore import journal, snapshot
 from trialstore.errors import LogReplacedError, SnapshotRefusedError
 from trialstore.testing.contents import storage_contents
+from trialstore.urls import open_log
 
 _NAMES = [name for name in optuna.storages.__all__ if not name.startswith("_")]
 _JOURNAL_NAMES = optuna.storages.journal.__all__
@@ -141,6 +143,35 @@ def test_a_storage_names_itself_and_nothing_a_new_one_in_memory() -> None:
     assert type(trialstore.get_storage(None)) is trialstore.InMemoryStorage
     with pytest.raises(ValueError, match="sqlite:///"):
         trialstore.get_storage("oracle://host/db")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "names no file"),
+        ("journal://", "names no file"),
+        ("sqlite:a.db", "'sqlite:' is no path"),
+        ("mysql+pymysql:/h/x", "'mysql\\+pymysql:' is no path"),
+        ("there.db", "its URL is sqlite:///there.db"),
+        ("journal://there.db", "its URL is sqlite:///there.db"),
+        ("sqlite://a.db", "sqlite:///relative/path"),
+        ("postgresql+psycopg://u:pass@h:s3cret/x", "percent-encoded"),
+        ("grpc://h:port", "is grpc://host:port"),
+        ("grpc://s3cret@h", "TRIALSTORE_GRPC_TOKEN"),
+        ("grpc://h/study", "nothing else"),
+    ],
+)
+def test_a_url_that_names_no_storage_is_refused_with_the_reason(
+    url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trialstore.RDBStorage("sqlite:///there.db").close()
+    there = set(tmp_path.iterdir())
+    for open_it in (trialstore.get_storage, functools.partial(open_log, create=True), open_log):
+        with pytest.raises(ValueError, match=said) as refused:
+            open_it(url)
+        assert "s3cret" not in str(refused.value)
+    assert set(tmp_path.iterdir()) == there
 
 
 # --- restore_replay_result -----------------------------------------------------------------------

@@ -57,7 +57,7 @@ def export(
 
     jsonl, parquet and arrow hold everything, and can be imported again.
     """
-    kind = output.suffix.removeprefix(".").lower()
+    kind = files.kind_of(output)
     if kind not in files.FORMATS:
         fail(f"The ending of {output} is none of {', '.join(files.FORMATS)}.")
     if output.exists() and not force:

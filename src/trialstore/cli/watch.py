@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+import contextlib
 from datetime import datetime
 import math
 import time
@@ -58,7 +59,10 @@ def _look(storage: Storage, name: str | None, boards: dict[int, Board]) -> None:
     for one in studies:
         if one._study_id not in boards:
             boards[one._study_id] = Board(storage, one._study_id, one.study_name, one.directions)
-        boards[one._study_id].look()
+        try:
+            boards[one._study_id].look()
+        except KeyError:  # deleted meanwhile
+            del boards[one._study_id]
 
 
 def _live(storage: Storage, name: str | None, boards: dict[int, Board], every: float) -> None:
@@ -99,9 +103,10 @@ class Board:
         self._running = storage.get_all_trials(study_id, False, (TrialState.RUNNING,))
         self._heard_within_s = storage.heard_within_s(study_id) if self._running else {}
         if self._single and self._counts.get("COMPLETE"):
-            self._best = storage.get_best_trial(study_id)
-            assert self._best.values is not None
-            self._bests.append(self._best.values[0])
+            with contextlib.suppress(ValueError):  # of none of them the values can be read
+                self._best = storage.get_best_trial(study_id)
+                assert self._best.values is not None
+                self._bests.append(self._best.values[0])
         now_s = time.monotonic()
         n = sum(self._counts.get(name, 0) for name in ("COMPLETE", "PRUNED", "FAIL"))
         self._finished.append((now_s, n))

@@ -22,6 +22,11 @@ from trialstore.stores.frames import MISSING, WHOLE, Frame, as_json, describe_st
 FORMATS: Final = ("csv", "json", "jsonl", "parquet", "arrow")
 
 
+def kind_of(path: Path) -> str:
+    """One of ``FORMATS``, if the file's name ends in one."""
+    return path.suffix.removeprefix(".").lower()
+
+
 def write(frame: Frame, path: Path, kind: str, progress: Callable[[int], None]) -> None:
     """Write a frame to a file, which appears when it is whole.
 
@@ -115,7 +120,7 @@ def read(path: Path, name: str | None = None) -> tuple[r.PutStudy, Iterator[r.Pu
     Raises:
         ValueError: The file was not written by ``write``, or with some columns only.
     """
-    kind = path.suffix.removeprefix(".")
+    kind = kind_of(path)
     if kind == "jsonl":
         about, rows = _read_jsonl(path)
     elif kind in ("parquet", "arrow"):

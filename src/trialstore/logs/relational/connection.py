@@ -136,7 +136,7 @@ class Connection:
     def _address(self) -> sa.URL:
         """The URL, with the password as it is now if that is kept elsewhere, and the same file
         whatever folder the process has moved to."""
-        url = in_folder(sa.make_url(self.url), self.folder)
+        url = in_folder(parsed(self.url), self.folder)
         return url if self.password is None else url.set(password=self.password.read())
 
     def close(self) -> None:
@@ -456,16 +456,29 @@ def _makers(engine_kwargs: Mapping[str, Any]) -> set[str]:
     return {"creator", "pool"} & engine_kwargs.keys()
 
 
+def parsed(url: str) -> sa.URL:
+    """SQLAlchemy's URL of a text.
+
+    Raises:
+        ValueError: It is none. What SQLAlchemy says of it may hold a piece of a password.
+    """
+    try:
+        return sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        raise ValueError(
+            "This is no URL of a database; the forms are dialect+driver://user:password@host:port"
+            "/database and sqlite:///file.db. Reserved characters in a password must be "
+            "percent-encoded."
+        ) from None
+
+
 def sqlite_path(url: str) -> str | None:
     """The file that a URL names; None for a server, and for a database in memory.
 
     Raises:
         ValueError: It is no URL.
     """
-    try:
-        made = sa.make_url(fill_template(url))
-    except sa.exc.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    made = parsed(fill_template(url))
     if made.get_backend_name() != "sqlite" or in_memory(made, {}):
         return None
     path = made.database or ""
@@ -497,5 +510,8 @@ def _create_engine(url: sa.URL, kind: type[Dialect], engine_kwargs: dict[str, An
     except ImportError as error:
         raise ImportError(
             "Failed to import DB access module for the specified storage URL. "
-            f"Please install appropriate one: {error.name or error}."
+            f"Please install appropriate one: {error.name or error}. trialstore's extra postgres "
+            "brings psycopg, and mysql brings pymysql, for mysql+pymysql://."
         ) from error
+    except sa.exc.ArgumentError as error:
+        raise ValueError(str(error)) from None
