@@ -93,6 +93,10 @@ class Exchanger:
     def __init__(self, log: Log, *, linger_s: float, clock: Clock) -> None:
         self.log = log
         self.replica = Replica()
+        # How often all that the replica held was given up, which concerns who has exchanged and
+        # is not answered yet; and since then, when it was asked about what.
+        self.n_anew = 0
+        self.read_at_s: dict[Wanted, float] = {}
         self._linger_s = linger_s
         self._clock = clock
         self._cursor: Cursor = START
@@ -329,10 +333,14 @@ class Exchanger:
         self._doubtful |= sending
         later = [record for record in self._outbox if record.seq not in sending]
         self._outbox = [*self._sending, *later]
+        again = []
         for call in calls:
-            if not call.done:
+            if not call.done and (call.records or isinstance(error, Exception)):
                 call.error = _for_followers(error)
                 call.done = True
+            elif not call.done:
+                again.append(call)  # of one who only reads, and need not hear of an interrupt
+        self._gathered = [*again, *self._gathered]
         self._release_lead()
         if self._outbox:
             self._lingers()
@@ -583,9 +591,14 @@ class Exchanger:
             self._cursor = cursor
         except BaseException:
             # An interrupt. How much of the news was taken in nobody knows; all is read anew.
-            self.replica, self._cursor, self._saver = Replica(), START, None
+            self._begin_anew()
             raise
         return known
+
+    def _begin_anew(self) -> None:
+        self.replica, self._cursor, self._saver = Replica(), START, None
+        self.n_anew += 1
+        self.read_at_s.clear()
 
     def _note_taken(self, sent: Sequence[AnyOperation], outcomes: Sequence[Outcome]) -> None:
         """What the log holds is not sent again, nor any more put off."""
@@ -735,7 +748,7 @@ class Exchanger:
         """
         self._renew()
         if not held:
-            self.replica, self._cursor, self._saver = Replica(), START, None
+            self._begin_anew()
         if self._saver is not None:
             self._saver.begin_in_child()
 

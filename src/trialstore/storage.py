@@ -74,7 +74,6 @@ _OF_THIS_PROCESS = (
     "_owned",
     "_fresh",
     "_lost_last",
-    "_read_at_s",
     "_limits",
     "_heartbeat",
     "_followed",
@@ -165,7 +164,6 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._owned: dict[int, str] = {}
         self._fresh: dict[int, int] = {}  # to the number of exchanges made then
         self._lost_last: int | None = None  # the trial that it could not claim
-        self._read_at_s: dict[Wanted, float] = {}
         self._limits = log if isinstance(log, Limited) else None
         self._heartbeat: Heartbeat | None = None
         # Studies all of whose trials the replica has been given, and how often others were asked
@@ -275,17 +273,33 @@ class Storage(BaseStorage, BaseHeartbeat):
     def _read(self, wanted: Wanted, answer: Callable[[Replica], _T]) -> _T:
         """Let the replica answer, of a moment after this call began or within the staleness."""
         exchanger = self._exchanger
-        if not (self._max_staleness_s and self._is_recent(wanted)):
-            began_s = self._clock.now_s() if self._max_staleness_s else 0.0
+        if not self._max_staleness_s:
+            return self._ask(wanted, answer)
+        with exchanger.mutex:
+            if self._is_recent(wanted):
+                return answer(exchanger.replica)
+        began_s = self._clock.now_s()
+
+        def note_and_answer(replica: Replica) -> _T:
+            if len(exchanger.read_at_s) >= _READ_AT_MAX:
+                exchanger.read_at_s.clear()
+            exchanger.read_at_s[wanted] = began_s
+            return answer(replica)
+
+        return self._ask(wanted, note_and_answer)
+
+    def _ask(self, wanted: Wanted, answer: Callable[[Replica], _T]) -> _T:
+        """Let the replica answer, of a moment after this call began."""
+        exchanger = self._exchanger
+        while True:
+            n_anew = exchanger.n_anew
             # What waits in the outbox is of RUNNING trials: no part of an answer about others.
             exchanger.run((), wanted, carry=not wanted.finished_of)
-            if self._max_staleness_s:
-                if len(self._read_at_s) >= _READ_AT_MAX:
-                    self._read_at_s.clear()
-                self._read_at_s[wanted] = began_s
-        self._followed |= wanted.trials_of | wanted.finished_of
-        with exchanger.mutex:
-            return answer(exchanger.replica)
+            with exchanger.mutex:
+                if exchanger.n_anew == n_anew:
+                    self._followed |= wanted.trials_of | wanted.finished_of
+                    return answer(exchanger.replica)
+            # Another thread was interrupted meanwhile, and what was read was given up.
 
     def _catalogue(self, study_id: int) -> Catalogue | None:
         """Who answers about a study whose trials the replica does not hold, if that is cheaper
@@ -297,7 +311,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         return log if asked <= _ASKED_MAX else None
 
     def _is_recent(self, wanted: Wanted) -> bool:
-        read_at_s = self._read_at_s.get(wanted)
+        read_at_s = self._exchanger.read_at_s.get(wanted)
         if read_at_s is None or self._clock.now_s() - read_at_s > self._max_staleness_s:
             return False
         return not self._exchanger.has_deferred()
@@ -312,9 +326,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         return outcome if outcome is ACCEPTED else self._judge_again(record)
 
     def _judge_again(self, record: r.AnyOperation) -> Outcome:
-        self._exchanger.run((), _judged_by(record))
-        with self._exchanger.mutex:
-            return self._replica.judge(record)
+        return self._ask(_judged_by(record), lambda replica: replica.judge(record))
 
     def _write(self, record: r.AnyOperation) -> Outcome:
         """Append a record, unless it would be refused, and say what became of it."""
@@ -323,7 +335,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         outcome = self._judge(record)
         if outcome is not ACCEPTED:
             return outcome
-        self._read_at_s.clear()
+        self._exchanger.read_at_s.clear()
         return self._exchanger.run((record,), NOTHING)[0]
 
     def write_if(
@@ -346,7 +358,7 @@ class Storage(BaseStorage, BaseHeartbeat):
                 self._limits.check(records)
             return records
 
-        self._read_at_s.clear()
+        self._exchanger.read_at_s.clear()
         return self._exchanger.run_if(decide_and_check, wanted)
 
     def marks(self) -> dict[str, Any]:
@@ -369,7 +381,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             put_off = outcome is ACCEPTED and self._may_put_off(record)
             if put_off:
                 self._fresh.pop(trial_id, None)
-                self._read_at_s.clear()
+                self._exchanger.read_at_s.clear()
                 outbox_is_full = exchanger.defer(record)
         if put_off:
             if outbox_is_full:
@@ -379,7 +391,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             outcome = self._judge_again(record)
         if outcome is ACCEPTED:
             self._fresh.pop(trial_id, None)
-            self._read_at_s.clear()
+            self._exchanger.read_at_s.clear()
             outcome = exchanger.run((record,), self._first_use(record))[0]
         if outcome.verdict is not Verdict.ACCEPTED:
             raise self._refusal(record, outcome)

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 import pytest
 
 from interrupts import is_interrupted_at
-from trialstore import exchange
+from trialstore import exchange, replica
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.log import Batch, Cursor, Decide, Wanted
@@ -674,6 +674,68 @@ def test_an_interrupt_at_any_moment_of_another_use_of_the_log_leaves_the_lead_to
         if not interrupted:
             break
     assert moment > 20
+
+
+def test_who_only_reads_does_not_hear_of_the_interrupt_of_another_thread(
+    storage: Storage, tap: _Tap, study_id: int
+) -> None:
+    """The exchange that takes them along is interrupted, whoever leads; the others go again."""
+    answers: list[object] = []
+
+    def read() -> None:
+        try:
+            answers.append(storage.get_n_trials(study_id))
+        except KeyboardInterrupt as interrupt:
+            answers.append(interrupt)
+
+    def interrupt(records: Sequence[AnyOperation]) -> None:
+        tap.before = lambda records: None
+        raise KeyboardInterrupt
+
+    with _gathered(storage, tap, [read, read, read]):
+        tap.before = interrupt
+    assert sorted(map(repr, answers)) == ["0", "0", "KeyboardInterrupt()"]
+
+
+def _give_up_what_is_held(storage: Storage, log: MemoryLog) -> None:
+    """As an interrupt does while news are taken in."""
+    Storage(log).create_new_study([StudyDirection.MINIMIZE])
+    for moment in itertools.count(1):
+        use = functools.partial(storage._exchanger.run, (), Wanted())
+        assert is_interrupted_at(moment, use, exchange.__file__, replica.__file__)
+        if not storage._replica.study_ids():
+            return
+
+
+def test_a_thread_is_answered_though_another_was_interrupted_before(
+    storage: Storage, log: MemoryLog, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = storage._exchanger.run
+
+    def run_and_be_overtaken(*args: Any, **options: Any) -> Any:
+        outcomes = run(*args, **options)
+        monkeypatch.undo()
+        run_threads(functools.partial(_give_up_what_is_held, storage, log))
+        return outcomes
+
+    for ask, answer in [
+        (lambda: storage.get_n_trials(study_id), 0),
+        (lambda: len(storage.get_all_studies()) > 0, True),
+        (lambda: storage.set_study_user_attr(study_id, "k", 1), None),
+    ]:
+        with monkeypatch.context() as patch:
+            # As if it was not known yet, so that a write looks as well.
+            patch.setattr(storage._replica, "judge", lambda record: Outcome(Verdict.NO_STUDY))
+            monkeypatch.setattr(storage._exchanger, "run", run_and_be_overtaken)
+            assert ask() == answer
+
+
+def test_an_answer_of_before_an_interrupt_is_not_given_from_what_is_left(log: MemoryLog) -> None:
+    storage = Storage(log, max_staleness_s=60.0, clock=ManualClock())
+    storage.create_new_study([StudyDirection.MINIMIZE])
+    assert len(storage.get_all_studies()) == 1
+    _give_up_what_is_held(storage, log)
+    assert len(storage.get_all_studies()) == 2
 
 
 _WRITES: dict[str, Callable[[Storage, int], None]] = {
