@@ -878,6 +878,43 @@ def test_optunas_storage_works_over_it(path: Path) -> None:
     assert study.trials == all_theirs.get_all_trials(0) == all_ours.get_all_trials(0)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the folder decides there")
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o664])
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_whoever_may_open_the_journal_may_queue_and_beat(
+    path: Path, mode: int, umask: int
+) -> None:
+    """Else the first one to come would lock the others of its group out, or hide its death."""
+    path.touch()
+    path.chmod(mode)
+    before = os.umask(umask)
+    try:
+        log = FileLog(str(path))
+        cursor = log.exchange([study()], START, NOTHING).cursor
+        log.take_lease("w")
+        log.exchange([trial(1)], cursor, NOTHING)
+        log.expired(0, {0: "w"}, 1.0)
+    finally:
+        os.umask(before)
+    (owner,) = path.parent.glob("*.owner")
+    beats = Path(f"{path}.beats")
+    for beside in (Path(f"{path}.lock.queue"), owner, beats / "w.beat", beats / "now"):
+        assert beside.stat().st_mode & 0o7777 == mode
+    assert beats.stat().st_mode & 0o7777 == mode | (mode & 0o444) >> 2
+
+
+@as_root
+def test_a_journals_group_has_what_is_beside_it(path: Path) -> None:
+    path.touch()
+    os.chown(path, OWNER, GROUP)
+    path.chmod(0o660)
+    log = FileLog(str(path))
+    log.take_lease("w")
+    log.exchange([study()], START, NOTHING)
+    for beside in (f"{path}.lock.queue", f"{path}.beats", f"{path}.beats/w.beat"):
+        assert Path(beside).stat().st_gid == GROUP
+
+
 # --- the snapshot beside it ----------------------------------------------------------------------
 
 

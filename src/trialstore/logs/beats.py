@@ -11,7 +11,7 @@ Source: docs/formats/journal.md, "Beats"; utimensat(2).
 """
 
 # Which system calls are made is the subject here; pathlib hides it.
-# ruff: noqa: PTH103, PTH108, PTH112, PTH118
+# ruff: noqa: PTH102, PTH108, PTH112, PTH118
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typing import Final
 from urllib.parse import quote
 
 from trialstore.errors import LogUnavailableError
+from trialstore.logs.modes import share_beside
 from trialstore.records import Operation, owners_of_started
 
 _FLAGS: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -40,6 +41,7 @@ class Beats:
     def __init__(
         self, journal_path: str, sync_folder: Callable[[str], None] | None = None
     ) -> None:
+        self._journal_path = journal_path
         self._folder = journal_path + ".beats"
         self._sync_folder = sync_folder
         self._taken: set[str] = set()
@@ -56,8 +58,7 @@ class Beats:
 
     def take_lease(self, owner: str) -> None:
         """See ``LeaseStore``; a beat then precedes every record that starts a trial."""
-        with self._unavailable():
-            os.makedirs(self._folder, exist_ok=True)
+        self._make_folder()
         self._touch(self._path(owner))
         if self._sync_folder is not None:
             # A trial must not outlive, through power loss, the lease that covers it.
@@ -67,8 +68,7 @@ class Beats:
 
     def renew_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
         """See ``LeaseStore``; the lease is the owner's, whichever trials it runs."""
-        with self._unavailable():
-            os.makedirs(self._folder, exist_ok=True)
+        self._make_folder()
         self._touch(self._path(owner))
 
     def withdraw_lease(self, owner: str, trial_ids: Sequence[int]) -> None:
@@ -97,14 +97,31 @@ class Beats:
         # An owner may be anything that stands in a journal; a path must not come of it.
         return os.path.join(self._folder, quote(owner, safe="") + _SUFFIX)
 
+    def _make_folder(self) -> None:
+        with self._unavailable():
+            try:
+                os.mkdir(self._folder)
+            except FileExistsError:
+                return
+            if os.name != "nt":
+                fd = os.open(self._folder, os.O_RDONLY | _FLAGS)
+                try:
+                    share_beside(fd, self._journal_path)
+                finally:
+                    os.close(fd)
+
     def _touch(self, path: str) -> int:
         """Set a file's mtime to the file system's present; returns it, in ns."""
         with self._unavailable():
+            is_new = False
             try:
                 fd = os.open(path, os.O_WRONLY | _FLAGS)
             except FileNotFoundError:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o666)
+                is_new = True
             try:
+                if is_new:
+                    share_beside(fd, self._journal_path)
                 os.utime(fd if os.utime in os.supports_fd else path)
                 return os.fstat(fd).st_mtime_ns
             finally:

@@ -49,6 +49,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 
 from trialstore.clock import CLOCK, Clock
 from trialstore.errors import LogUnavailableError
+from trialstore.logs.file import system
 
 try:
     import fcntl
@@ -153,12 +154,14 @@ def _identity(path: str) -> _Identity | None:
         return None
 
 
-def _write_new(path: str, contents: bytes) -> None:
+def _write_new(path: str, contents: bytes, share: Callable[[int], None] | None = None) -> None:
     """Create a file that must not exist yet; nothing stays behind if it can't be written."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
     fd = os.open(path, flags, 0o666)
     try:
         os.write(fd, contents)
+        if share is not None:
+            share(fd)
     except BaseException:
         os.unlink(path)
         raise
@@ -378,6 +381,7 @@ class _FileLock(BaseJournalFileLock):
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
             try:
                 self._queue_fd = os.open(self._queue_path, flags, 0o666)
+                self._share(self._queue_fd)
             except PermissionError:
                 # Another user's; a reader may flock as well, on a local disk.
                 self._queue_fd = os.open(self._queue_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -394,6 +398,13 @@ class _FileLock(BaseJournalFileLock):
         # Whether it is still the current queue is asked once, when the lock file is made.
         self._queued = True
         return True
+
+    def _share(self, fd: int) -> None:
+        """Let those open a file of the lock who may open the journal, whatever our umask is.
+
+        They must queue in the one, and read in the other who is dead.
+        """
+        system.share_beside(fd, self._lock_path.removesuffix(".lock"))
 
     def _leave_replaced_queue(self) -> None:
         """Of a waiter: another queue may have taken the place of the one that it waits in."""
@@ -439,6 +450,7 @@ class _FileLock(BaseJournalFileLock):
             )
             fresh_path = f"{self._queue_path}.{secrets.token_hex(8)}"
             fd = os.open(fresh_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._share(fd)
             # Whoever waits sees by the inode that its queue is no longer the one at the path.
             os.rename(fresh_path, self._queue_path)
             self._close_queue()
@@ -508,7 +520,7 @@ class _FileLock(BaseJournalFileLock):
         token = secrets.token_hex(8)
         self._owner_text = self._owner_contents(token)
         self._owner_path = f"{self._lock_path}.{token}.owner"
-        _write_new(self._owner_path, self._owner_text)
+        _write_new(self._owner_path, self._owner_text, self._share)
         if self._at_end is not None:
             self._at_end.detach()
         self._at_end = weakref.finalize(self, _remove_at_end, self._owner_path, os.getpid())

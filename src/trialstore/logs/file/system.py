@@ -2,7 +2,7 @@
 
 They are called through this module (``system.pwrite``), so that tests can stand between.
 
-Source: pread(2), fdatasync(2), flock(2), chown(2), fcntl(2) of macOS, ``F_FULLFSYNC``.
+Source: pread(2), fdatasync(2), flock(2), fcntl(2) of macOS, ``F_FULLFSYNC``.
 """
 
 # Which system calls are made, and in what order, is the subject here; pathlib hides it.
@@ -10,12 +10,12 @@ Source: pread(2), fdatasync(2), flock(2), chown(2), fcntl(2) of macOS, ``F_FULLF
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import stat
 import sys
 from typing import Final
+
+from trialstore.logs.modes import share_beside as share_beside, share_like as share_like
 
 try:
     import fcntl
@@ -76,33 +76,6 @@ def is_at(fd: int, path: str) -> bool:
     except FileNotFoundError:
         return False
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
-
-
-def share_like(fd: int, path: str) -> bool:
-    """Let those open the file just made for us alone who may open the one at ``path``.
-
-    Only the superuser can give it to another owner, who is taken for a member of the group.
-
-    Returns:
-        False: The group of the file at ``path`` has rights that others have not, and can't be
-        given to this one, which is left to its owner alone.
-    """
-    if not hasattr(os, "fchown"):
-        return True  # Windows: the folder decides
-    status = os.stat(path)
-    for owner in (status.st_uid, -1):
-        # Before the mode, or members of our own group could open it.
-        with contextlib.suppress(OSError):  # what came of it is looked at
-            os.fchown(fd, owner, status.st_gid)
-            break
-    mode, ours = stat.S_IMODE(status.st_mode), os.fstat(fd)
-    is_group_special = (mode & stat.S_IRWXG) >> 3 != mode & stat.S_IRWXO
-    is_shared = ours.st_gid == status.st_gid or not is_group_special
-    if not is_shared:
-        mode &= stat.S_IRWXU
-    if stat.S_IMODE(ours.st_mode) != mode:  # some file systems have one mode, and refuse to set it
-        os.fchmod(fd, mode)
-    return is_shared
 
 
 def size(path: str) -> int | None:
