@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import threading
+from typing import Any
 
 import grpc
 import optuna
@@ -20,8 +22,10 @@ from grpc_servers import KillableServer, open_grpc, serve, served_url
 from servers import free_port
 from trialstore.errors import LogUnavailableError
 from trialstore.testing.contents import study_contents
+from trialstore.testing.proxy import CountingProxy
 
 _ROOT = Path(__file__).parents[2]
+_DEADLINE_S = 120.0
 
 _WORKER = """
 import sys, warnings
@@ -141,6 +145,48 @@ def test_what_a_stock_server_refuses_is_not_taken_for_a_repetition() -> None:
         other.delete_study(study_id)
         with pytest.raises(KeyError):
             one.delete_study(study_id)
+
+
+class _SlowAtFirst(optuna.storages.InMemoryStorage):
+    """The first trial is on its way until the second one is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_at_it, self.goes_on, self.is_done = [threading.Event() for _ in range(3)]
+
+    def create_new_trial(self, *args: Any, **options: Any) -> int:
+        if self.is_at_it.is_set():
+            self.goes_on.set()
+            self.is_done.wait(_DEADLINE_S)
+            return super().create_new_trial(*args, **options)
+        self.is_at_it.set()
+        self.goes_on.wait(_DEADLINE_S)
+        try:
+            return super().create_new_trial(*args, **options)
+        finally:
+            self.is_done.set()
+
+
+def test_a_stock_server_cut_off_in_the_middle_of_a_creation_leaves_nothing_running() -> None:
+    from optuna.storages._grpc.server import make_server
+
+    behind, port = _SlowAtFirst(), free_port()
+    study_id = behind.create_new_study([StudyDirection.MINIMIZE])
+    server: Any = make_server(behind, "localhost", port)
+    server.start()
+    with (
+        CountingProxy("localhost", port) as proxy,
+        ThreadPoolExecutor(1) as pool,
+        contextlib.closing(open_grpc(proxy.port)) as storage,
+    ):
+        created = pool.submit(storage.create_new_trial, study_id)
+        assert behind.is_at_it.wait(_DEADLINE_S)
+        proxy.sever()
+        mine = created.result(_DEADLINE_S)
+        states = {trial._trial_id: trial.state for trial in behind.get_all_trials(study_id)}
+        assert states == {0: TrialState.FAIL, 1: TrialState.RUNNING}
+        assert mine == 1
+    server.stop(0).wait()
 
 
 def test_what_serves_nothing_is_not_taken_for_a_stock_server(tmp_path: Path) -> None:

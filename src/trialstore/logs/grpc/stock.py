@@ -440,9 +440,13 @@ class StockMethods:
             fields["template_trial"] = trial_to_wire(template_trial)
         request = pb.CreateNewTrialRequest(study_id=study_id, **fields)
         start = None if template_trial is None else template_trial.datetime_start
+        is_again = False
         while True:
             try:
-                return int(self._invoke("CreateNewTrial", request, once=True).trial_id)
+                trial_id = int(self._invoke("CreateNewTrial", request, once=True).trial_id)
+                if is_again:
+                    self._fail_other(study_id, start, trial_id)
+                return trial_id
             except StockRefusal as refusal:
                 raise _from_status(refusal.error) from refusal.error
             except AnswerLostError as lost:
@@ -454,6 +458,14 @@ class StockMethods:
                 for trial in self.trials_after(study_id, -1, ()):
                     if trial.datetime_start == start:
                         return trial._trial_id
+                is_again = True
+
+    def _fail_other(self, study_id: int, start: datetime | None, trial_id: int) -> None:
+        """Nobody runs what came of an attempt that was still under way when it was looked for."""
+        for trial in self.trials_after(study_id, -1, ()):
+            if trial.datetime_start == start and trial._trial_id != trial_id:
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    self.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def set_trial_param(
         self,
