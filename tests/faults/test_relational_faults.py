@@ -791,7 +791,7 @@ _FAIL_TWICE["psycopg2"] = _FAIL_TWICE["psycopg"]
         for kind, codes in (
             ("psycopg", ("40P01", "40001", "55P03")),
             ("psycopg2", ("40P01", "40001")),
-            ("pymysql", ("1213", "1205")),
+            ("pymysql", ("1213", "1205", "1047")),
         )
         for code in codes
     ],

@@ -611,8 +611,10 @@ _MYSQL_FAULTS: Final = _code_table(
     (Fault.AGAIN, "1213 1205 1020 1451 1452"),
     (
         Fault.LOST,
-        # 1203 1226: as many connections as the user may have; one may end.
-        "0 2006 2013 2014 2003 2002 1053 1927 4031 1040 1152 1158 1159 1160 1161 1184 1203 1226",
+        # 1203 1226: as many connections as the user may have; one may end. 1047: a node of a
+        # Galera cluster that is not part of it for the moment.
+        "0 2006 2013 2014 2003 2002 1053 1927 4031 1040 1047 1152 1158 1159 1160 1161 1184 "
+        "1203 1226",
     ),
     (Fault.FENCED, "1048 1365"),
     (Fault.VALUE, "1406 1366 1264 1242 1265 1267 1292 1153 3988"),
