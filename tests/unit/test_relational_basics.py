@@ -28,6 +28,7 @@ import pytest
 import sqlalchemy as sa
 
 from servers import new_database
+import trialstore
 from trialstore import records as r
 from trialstore.errors import LogCorruptError
 from trialstore.log import NOTHING, Wanted
@@ -1159,3 +1160,18 @@ def test_a_time_that_cannot_be_read_is_left_out_with_one_warning(
         f"Study {study_id}, trial {trial_id}: a time can't be read and is left out.",
         f"Study {study_id}: a time can't be read and is left out.",
     ]
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_only_who_writes_is_warned_that_there_is_no_mark(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    optuna.create_study(study_name="plain", storage=optuna.storages.RDBStorage(url))
+    storage = trialstore.RDBStorage(url, skip_table_creation=True)
+    study = optuna.load_study(study_name="plain", storage=storage)
+    assert study.trials == []
+    assert "trialstore_sessions" not in caplog.text
+    for _ in range(2):
+        study.ask()
+    assert caplog.text.count("trialstore_sessions") == 1
+    storage.close()

@@ -107,6 +107,7 @@ class Connection:
         self.session_id = uuid.uuid4().hex
         self.seq = 0
         self.has_mark = self.had_mark = False
+        self._must_warn_of_no_mark = False
         self._marked_at_s = clock.now_s()
         self._synchronous = ""
         # It does not tell of those who use this very connection.
@@ -158,11 +159,14 @@ class Connection:
 
     def about_to_write(self) -> None:
         """Be another session if this one's mark has become old, or could not be put back while the
-        database was read-only."""
+        database was read-only; say so, once, if there has never been one."""
         if self.had_mark and not self.has_mark:
             self.disconnect()
         if self.has_mark and self._clock.now_s() - self._marked_at_s > _MARK_IDLE_S:
             self.renew_session()
+        if self._must_warn_of_no_mark and not self.had_mark:
+            self._must_warn_of_no_mark = False
+            self.schema.warn_of_no_mark()
         self._marked_at_s = self._clock.now_s()
 
     def _leave_inherited(self) -> None:
@@ -264,6 +268,7 @@ class Connection:
                 self.has_mark = self.schema.open_mark(
                     session, self.session_id, not self.skip_table_creation
                 )
+                self._must_warn_of_no_mark = not self.has_mark
         except BaseException:
             self._end(session)
             raise

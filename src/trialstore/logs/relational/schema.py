@@ -95,7 +95,10 @@ class Schema:
     def _advice(self, version: str | None) -> str:
         url = self._shown_url
         if version is None:
-            return f"{url} holds no tables of Optuna; leave out skip_table_creation to make them."
+            return (
+                f"{url} holds no tables of Optuna. A storage that is opened without "
+                "skip_table_creation makes them."
+            )
         if version in VERSIONS:
             return (
                 f"The tables of {url} are of version {version}, this trialstore works on "
@@ -230,28 +233,27 @@ class Schema:
             fault = self._dialect.fault(error)
             if fault not in (Fault.NO_TABLE, *_NOT_ALLOWED):
                 raise
-            if fault is Fault.READ_ONLY:
-                return False  # which takes no COMMIT of ours either
-            if fault is Fault.DENIED or not create:
-                return self._without_mark()
+            # A database that is read-only takes no COMMIT of ours either.
+            if fault in _NOT_ALLOWED or not create:
+                return False
         try:
             with self._locked() as connection:
                 t.sessions.create(connection, checkfirst=True)
         except sa.exc.DBAPIError as error:
             if error.orig is None or self._dialect.fault(error.orig) not in _NOT_ALLOWED:
                 raise
-            return self._without_mark()
+            return False
         session.run(steps)
         return True
 
-    def _without_mark(self) -> bool:
+    def warn_of_no_mark(self) -> None:
+        """For who is about to write; to who only reads it is nothing."""
         _logger.warning(
-            "The table %s of %s may not be created or not be written: if the connection breaks "
-            "during a COMMIT, the outcome of that call can't be told.",
+            "The table %s of %s is not there and may not be created, or may not be written: if "
+            "the connection breaks during a COMMIT, the outcome of that call can't be told.",
             t.sessions.name,
             self._shown_url,
         )
-        return False
 
     # --- versions ---
 
