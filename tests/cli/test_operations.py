@@ -235,6 +235,8 @@ def test_bench_leaves_nothing_behind(kind: str, tmp_path: Path, cli: Cli) -> Non
     assert 10 <= figures[0]["n_trials"] <= 12
     assert trialstore.get_storage(url).get_all_studies() == []
     assert cli("bench", url, "--trials", "0").code == 2
+    # Before anything is measured, or even reached.
+    assert cli("bench", "redis://127.0.0.1:1", "--optuna").code == 2
 
 
 def _hear_sigint() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -27,9 +28,9 @@ def bench(
     as_json: Json = False,
 ) -> Exit | None:
     """Measure what a trial costs on this store, in a study that is deleted afterwards."""
-    contenders = {"trialstore": lambda: get_storage(url)}
+    contenders: dict[str, Callable[[], BaseStorage]] = {"trialstore": lambda: get_storage(url)}
     if beside:
-        contenders["optuna"] = lambda: _optunas(url)
+        contenders["optuna"] = _optunas(url)
     figures = []
     for name, open_storage in contenders.items():
         with progress(f"Measuring {name}", None, quiet=as_json):
@@ -55,13 +56,14 @@ def bench(
     return None
 
 
-def _optunas(url: str) -> BaseStorage:
+def _optunas(url: str) -> Callable[[], BaseStorage]:
+    """What opens Optuna's own storage. Raises ValueError at once where there is none."""
     kind, separator, rest = url.partition("://")
     if not separator or kind == "journal":
-        path = rest if separator else url
         from optuna.storages import journal
 
-        return optuna.storages.JournalStorage(journal.JournalFileBackend(path))
+        path = rest if separator else url
+        return lambda: optuna.storages.JournalStorage(journal.JournalFileBackend(path))
     if kind.partition("+")[0] in ("sqlite", "postgresql", "mysql"):
-        return optuna.storages.get_storage(url)
+        return lambda: optuna.storages.get_storage(url)
     fail("Optuna's own storage is measured on journal files, SQLite, PostgreSQL and MySQL.")
