@@ -11,6 +11,7 @@ that a driver is needed only by who uses it.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from optuna.storages import BaseStorage
@@ -83,6 +84,14 @@ __all__ = [
     "run_grpc_proxy_server",
     "to_arrow",
 ]
+# ``import *`` and ``help`` ask for each of these names, and some are there with an extra only.
+for _name, _driver in (
+    ("GrpcStorageProxy", "grpc"),
+    ("run_grpc_proxy_server", "grpc"),
+    ("to_arrow", "pyarrow"),
+):
+    if find_spec(_driver) is None:
+        __all__.remove(_name)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,8 @@ import functools
 import inspect
 from pathlib import Path
 import pickle
+import subprocess
+import sys
 from typing import Any
 import warnings
 
@@ -172,6 +174,19 @@ def test_a_url_that_names_no_storage_is_refused_with_the_reason(
             open_it(url)
         assert "s3cret" not in str(refused.value)
     assert set(tmp_path.iterdir()) == there
+
+
+def test_without_an_extra_the_other_names_can_be_imported_and_read_about() -> None:
+    script = (
+        "import sys; sys.modules.update(grpc=None, pyarrow=None)\n"
+        "from trialstore import *\n"
+        "import pydoc, trialstore\n"
+        "assert 'JournalStorage' in pydoc.render_doc(trialstore)\n"
+        "trialstore.GrpcStorageProxy\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stderr.endswith("pip install 'trialstore[grpc]'.\n"), ran.stderr
+    assert "line 5" in ran.stderr
 
 
 # --- restore_replay_result -----------------------------------------------------------------------
