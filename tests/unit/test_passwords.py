@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import logging
+import multiprocessing
 from pathlib import Path
 import traceback
 from typing import Any
@@ -142,3 +143,9 @@ def test_one_that_is_changed_is_read_again(url: str, tmp_path: Path) -> None:
         file.unlink()
         connection.disconnect()
         assert storage.get_n_trials(study_id) == 1, "the password of before is still good"
+        child = multiprocessing.get_context("fork").Process(
+            target=storage.create_new_trial, args=(study_id,)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == 0

@@ -175,7 +175,7 @@ class Connection:
             return  # The child's copy of the contents; there is no file to share.
         _inherited.append((self._session, self._fairy, self.engine))
         self.engine.dispose(close=False)
-        self._make_engine(self._address())
+        self._make_engine(self.engine.url)
         self._session = self._fairy = None
         self.session_id = uuid.uuid4().hex
         self.has_mark = False
