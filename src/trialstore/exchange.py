@@ -766,6 +766,9 @@ class Alone(Exchanger):
     def __init__(self, log: Log, *, clock: Clock) -> None:
         super().__init__(log, linger_s=0.0, clock=clock)
 
+    def _begin_anew(self) -> None:
+        """There is nothing to begin with: what is held stays."""
+
     def run(
         self, records: Sequence[AnyOperation], wanted: Wanted, *, carry: bool = True
     ) -> list[Outcome]:
@@ -822,38 +825,59 @@ def _rejection(record: TrialWrite, why: str) -> str:
 # --- fork and exit -------------------------------------------------------------------------------
 
 _alive: weakref.WeakSet[Exchanger] = weakref.WeakSet()
-forking = threading.RLock()
-"""One fork at a time: all hooks of a fork run in one thread, and share ``_held``."""
+_forking = threading.RLock()
+"""One fork at a time: all hooks of a fork run in one thread."""
 _held: list[Exchanger] = []
 _exit_registered_in: int | None = None
 
 
-def _hold_all() -> None:
-    """An interrupt ends it, and ``os.fork`` goes on all the same: what is not in ``_held`` then is
-    not held."""
-    forking.acquire()
-    # Strong references first: a set that somebody opens a storage in can't be gone through.
-    for exchanger in _alive.copy():
+def living(members: weakref.WeakSet[_T]) -> list[_T]:
+    """Those of a weak set, which another thread may be adding to."""
+    while True:
+        try:
+            return list(members)
+        except RuntimeError:  # which it did
+            continue
+
+
+def hold(members: weakref.WeakSet[Exchanger], held: list[Exchanger]) -> None:
+    """Before a fork. An interrupt ends it, and ``os.fork`` goes on all the same: what is not in
+    ``held`` then is not held."""
+    _forking.acquire()
+    for exchanger in living(members):
         exchanger.hold_for_fork()
-        _held.append(exchanger)
+        held.append(exchanger)
+
+
+def release(held: list[Exchanger]) -> None:
+    """After it, in the parent."""
+    try:
+        for exchanger in reversed(held):
+            exchanger.go_on_in_parent()
+    finally:
+        forget(held)
+
+
+def forget(held: list[Exchanger]) -> None:
+    """After it, where what was held is the parent's."""
+    held.clear()
+    _forking.release()
+
+
+def _hold_all() -> None:
+    hold(_alive, _held)
 
 
 def _release_all() -> None:
-    try:
-        for exchanger in reversed(_held):
-            exchanger.go_on_in_parent()
-    finally:
-        _held.clear()
-        forking.release()
+    release(_held)
 
 
 def _begin_all() -> None:
     try:
-        for exchanger in _alive.copy():
+        for exchanger in living(_alive):
             exchanger.begin_in_child(held=any(exchanger is held for held in _held))
     finally:
-        _held.clear()
-        forking.release()
+        forget(_held)
 
 
 if hasattr(os, "register_at_fork"):
@@ -861,7 +885,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _flush_all() -> None:
-    for exchanger in list(_alive):
+    for exchanger in living(_alive):
         try:
             exchanger.flush()
         except UpdateFinishedTrialError:

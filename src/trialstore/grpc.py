@@ -24,7 +24,7 @@ except ImportError as error:
 
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
-from trialstore.exchange import Exchanger, forking
+from trialstore.exchange import Exchanger, forget, hold, release
 from trialstore.log import START, Log, Wanted
 from trialstore.logs.grpc.client import (
     CALL_TIMEOUT_S,
@@ -269,25 +269,9 @@ _alive: weakref.WeakSet[Exchanger] = weakref.WeakSet()
 _held: list[Exchanger] = []
 
 
-def _hold_all() -> None:
-    forking.acquire()
-    _held[:] = _alive.copy()
-    for exchanger in _held:
-        exchanger.hold_for_fork()
-
-
-def _release_all() -> None:
-    for exchanger in reversed(_held):
-        exchanger.go_on_in_parent()
-    _forget_in_child()
-
-
-def _forget_in_child() -> None:
-    _held.clear()
-    forking.release()
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_hold_all, after_in_parent=_release_all, after_in_child=_forget_in_child
+        before=lambda: hold(_alive, _held),
+        after_in_parent=lambda: release(_held),
+        after_in_child=lambda: forget(_held),
     )

@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 import weakref
 
 from trialstore.clock import Clock
-from trialstore.exchange import Exchanger
+from trialstore.exchange import Exchanger, living
 from trialstore.log import LeaseStore
 
 _logger = logging.getLogger("trialstore")
@@ -211,7 +211,7 @@ _exit_registered_in: int | None = None
 
 
 def _end_all() -> None:
-    for heartbeat in list(_alive):
+    for heartbeat in living(_alive):
         try:
             heartbeat.end()
         except Exception as error:

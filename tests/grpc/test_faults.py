@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 import multiprocessing
+import os
 from pathlib import Path
 import pickle
 import random
@@ -49,6 +50,7 @@ from trialstore.testing.clock import ManualClock
 from trialstore.testing.contents import study_contents
 from trialstore.testing.counting import CountingLog
 from trialstore.testing.proxy import CountingProxy
+from trialstore.testing.suites.base import run_threads
 from trialstore.testing.syncs import SyncCounter
 
 _KINDS = ["journal", "sqlite", pytest.param("psycopg", marks=pytest.mark.servers)]
@@ -823,3 +825,27 @@ def test_what_a_server_remembers_is_bounded(
     assert judged._remembered._n_outcomes <= 10
     assert sum(one.size for one in judged._openings.values()) <= 1_000
     assert not judged._remembered._locks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork here.")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_while_a_fork_waits_for_a_client_keeps_no_thread_from_forking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients = [trialstore.GrpcStorageProxy(port=1) for _ in range(2)]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    with monkeypatch.context() as patch:
+        for client in clients:
+            patch.setattr(client._exchanger, "hold_for_fork", interrupt)
+        fork()
+    run_threads(fork)

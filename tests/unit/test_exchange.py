@@ -10,6 +10,7 @@ import math
 import os
 import threading
 from typing import Any, cast
+import weakref
 
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
@@ -21,6 +22,7 @@ from interrupts import is_interrupted_at
 from trialstore import exchange, replica
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
+from trialstore.in_memory import InMemoryStorage
 from trialstore.log import Batch, Cursor, Decide, Wanted
 from trialstore.logs.memory import MemoryLog
 from trialstore.records import AnyOperation, CreateTrial, Outcome, Verdict
@@ -930,6 +932,39 @@ def test_threads_may_fork_at_once(storage: Storage, study_id: int) -> None:
     assert storage.get_n_trials(study_id) == 0
 
 
+class _Growing(weakref.WeakSet[Any]):
+    """Another thread adds to it while it is gone through for the first time."""
+
+    is_grown = False
+
+    def __iter__(self) -> Iterator[Any]:
+        members = super().__iter__()
+        yield next(members)
+        if not self.is_grown:
+            self.is_grown = True
+            raise RuntimeError("Set changed size during iteration")
+        yield from members
+
+
+def test_a_storage_that_is_opened_during_a_fork_keeps_no_other_from_being_held(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor from bringing what it has put off to the log at the end of the process."""
+    members = [Storage(MemoryLog())._exchanger, storage._exchanger]
+    monkeypatch.setattr(exchange, "_alive", _Growing(members))
+    exchange._hold_all()
+    held = set(exchange._held)
+    exchange._release_all()
+    assert held == set(members)
+
+
+def test_in_memory_everything_stays_in_a_child_of_a_fork_that_did_not_wait() -> None:
+    storage = InMemoryStorage()
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE])
+    storage._exchanger.begin_in_child(held=False)
+    assert storage.get_n_trials(study_id) == 0
+
+
 def test_an_interrupt_while_a_fork_waits_leaves_nothing_held(
     storage: Storage, tap: _Tap, study_id: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -987,6 +1022,6 @@ def test_a_child_of_a_fork_that_did_not_wait_reads_anew(storage: Storage, study_
     other = threading.Thread(target=exchanger.mutex.acquire)
     other.start()
     other.join(_DEADLINE_S)  # as in the middle of an exchange, for ever
-    exchange.forking.acquire()
+    exchange._forking.acquire()
     exchange._begin_all()  # what runs in the child
     assert storage.get_trial(trial_id).params == {"x": 0.5}
