@@ -94,12 +94,12 @@ class InMemoryStorage(Storage):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._exchanger.mutex:
-            replica = self._replica
-            images: list[Record] = [replica.study_image(id_) for id_ in replica.study_ids()]
-            images.append(replica.positions())
-            for study_id in replica.study_ids():
-                images += replica.param_images(study_id)
-                images += replica.trial_images(study_id)
+            still = self._replica.still()  # other threads go on while this is pickled
+        images: list[Record] = [study for study, _, _ in still.studies]
+        images.append(still.positions)
+        for _, params, trials in still.studies:
+            images += params
+            images += trials
         return {**super().__getstate__(), "images": images}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

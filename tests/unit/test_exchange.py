@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+import pickle
 import threading
 from typing import Any, cast
 import weakref
@@ -963,6 +964,27 @@ def test_in_memory_everything_stays_in_a_child_of_a_fork_that_did_not_wait() -> 
     study_id = storage.create_new_study([StudyDirection.MINIMIZE])
     storage._exchanger.begin_in_child(held=False)
     assert storage.get_n_trials(study_id) == 0
+
+
+class _Overtaken:
+    """An attribute; while it is pickled another thread writes."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._write()
+        return (int, (1,))
+
+
+def test_in_memory_others_may_write_while_the_storage_is_pickled() -> None:
+    storage = InMemoryStorage()
+    trial_id = storage.create_new_trial(storage.create_new_study([StudyDirection.MINIMIZE]))
+    write = functools.partial(storage.set_trial_user_attr, trial_id)
+    write("k", _Overtaken(lambda: write("late", 2)))
+    write("l", 3)
+    copied = pickle.loads(pickle.dumps(storage))
+    assert copied.get_trial(trial_id).user_attrs == {"k": 1, "l": 3}
 
 
 def test_an_interrupt_while_a_fork_waits_leaves_nothing_held(
