@@ -351,6 +351,23 @@ def test_a_master_without_enough_replicas_is_waited_for(come_back_after_s: float
         server.remove()
 
 
+@pytest.mark.parametrize("why", ["READONLY", "LOADING"])
+def test_what_a_server_refuses_until_time_is_up_was_not_stored(why: str) -> None:
+    kinds = redis.exceptions.ReadOnlyError, redis.exceptions.BusyLoadingError
+    error = kinds[why == "LOADING"](why)
+    log = _LossyLog(shared_redis().url, prefix=new_prefix(), clock=ManualClock())
+    cursor = log.exchange([_study(0)], START, NOTHING).cursor
+
+    def refuse(send: Any) -> Any:
+        raise error
+
+    log.rule = refuse
+    with pytest.raises(LogUnavailableError, match=why):
+        log.exchange([_study(1)], cursor, NOTHING)
+    log.rule = lambda send: send()
+    assert log.exchange([_study(1)], cursor, NOTHING).news == [_study(1)]
+
+
 def test_a_network_that_drops_everything_is_noticed(proxy: CountingProxy) -> None:
     url = f"redis://127.0.0.1:{proxy.port}?socket_timeout=0.05&socket_connect_timeout=0.5"
     prefix = new_prefix()

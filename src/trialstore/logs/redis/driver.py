@@ -38,6 +38,8 @@ def kind_of(error: Exception) -> Kind | None:
         error, (errors.AuthenticationError, errors.AuthorizationError, errors.NoPermissionError)
     ):
         return Kind("refused", " Check the user and the password.")
+    if isinstance(error, (errors.BusyLoadingError, errors.ReadOnlyError)):
+        return Kind("passing")  # a restart, or a failover
     if isinstance(error, (errors.ConnectionError, errors.TimeoutError, OSError)):
         cause: BaseException | None = error
         while cause is not None:
@@ -53,14 +55,9 @@ def kind_of(error: Exception) -> Kind | None:
         return Kind("refused", " Give Redis more memory, or delete what it need not keep.")
     if isinstance(
         error,
-        (
-            errors.ReadOnlyError,
-            errors.ClusterError,
-            errors.TryAgainError,
-            errors.RedisClusterException,
-        ),
+        (errors.ClusterError, errors.TryAgainError, errors.RedisClusterException),
     ):
-        return Kind("retry")  # a failover, or slots on their way
+        return Kind("retry")  # a failover too, or slots on their way
     if isinstance(error, errors.ResponseError):
         if "WRONGTYPE" in text:
             return Kind("damaged", " A key of the journal holds something else.")
