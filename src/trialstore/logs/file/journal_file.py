@@ -321,7 +321,7 @@ class JournalFile:
                 if not end and self.durability == "full":
                     # Before the first byte, so that no record can be in a file without a name.
                     system.sync_folder(self.path)
-                start = self._write(data)
+                start = self._write(data, end)
                 is_in_place = self._is_in_place()
                 # A crash from here on leaves the records, which may count or be lost together
                 # with the machine; nobody has been told yet.
@@ -460,7 +460,7 @@ class JournalFile:
                 for begin, data in self._unsynced:
                     system.pwrite(fd, data, begin)
 
-    def _write(self, data: bytes) -> int:
+    def _write(self, data: bytes, end: int) -> int:
         """Append ``data`` in one write; returns where it begins.
 
         Raises:
