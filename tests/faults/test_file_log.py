@@ -188,10 +188,10 @@ from trialstore.records import CreateTrial
 path = sys.argv[1]
 log = FileLog(path, getattr(filelock, sys.argv[2])(path))
 original = log._file._write
-def write(data, end):
+def write(data):
     print("holding", flush=True)
     sys.stdin.readline()
-    return original(data, end)
+    return original(data)
 log._file._write = write
 time = "2026-01-02T03:04:05.678901+00:00"
 batch = log.exchange(
@@ -473,8 +473,8 @@ def test_a_path_that_cant_be_looked_at_after_the_write_is_no_refusal(
     cursor = log.exchange([study()], START, NOTHING).cursor
     write = log._file._write
 
-    def write_and_break(data: bytes, end: int) -> int:
-        start = write(data, end)
+    def write_and_break(data: bytes) -> int:
+        start = write(data)
         refuse = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         name = "stat" if local else "open"
         original = getattr(os, name)

@@ -1019,10 +1019,10 @@ def test_an_evicted_writer_whose_file_is_replaced_writes_again(tmp_path: Path) -
     log = storage._exchanger.log
     write = log._file._write  # type: ignore[attr-defined]
 
-    def write_late(data: bytes, end: int) -> int:
+    def write_late(data: bytes) -> int:
         log._file._write = write  # type: ignore[attr-defined]
         journal.compact(_unlocked(path))
-        return write(data, end)
+        return write(data)
 
     log._file._write = write_late  # type: ignore[attr-defined]
     study.set_user_attr("k", 1)

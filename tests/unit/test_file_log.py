@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -144,10 +145,10 @@ def test_an_evicted_holder_that_wrote_in_between_is_seen(
     cursor = log.exchange([study()], START, NOTHING).cursor
     original = log._file._write
 
-    def late(data: bytes, end: int) -> int:
+    def late(data: bytes) -> int:
         with path.open("ab") as file:
             file.write(encode_line(trial(7)))
-        return original(data, end)
+        return original(data)
 
     monkeypatch.setattr(log._file, "_write", late)
     batch = log.exchange([trial(8)], cursor, NOTHING)
@@ -277,6 +278,25 @@ def test_durability_process_never_syncs(path: Path) -> None:
     with SyncCounter() as syncs:
         FileLog(str(path), durability="process").exchange([study()], START, NOTHING)
     assert syncs.total == 0
+
+
+@pytest.mark.parametrize("where", ["_remove_own_lock_file", "_leave_queue"])
+def test_what_a_signals_handler_raises_in_a_release_leaves_no_lock(
+    where: str, log: FileLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cursor = log.exchange([study()], START, NOTHING).cursor
+    lock = log._file.lock
+
+    def late(*args: object) -> None:
+        monkeypatch.undo()
+        raise TimeoutError
+
+    monkeypatch.setattr(lock, where, late)
+    cursor = log.exchange([trial(1)], cursor, NOTHING).cursor
+    assert not Path(f"{path}.lock").exists()
+    with contextlib.closing(FileLog(str(path))) as other:
+        other.exchange([trial(2)], cursor, NOTHING)
+    log.exchange([trial(3)], cursor, NOTHING)
 
 
 @pytest.mark.parametrize("local", [True, False])

@@ -321,7 +321,7 @@ class JournalFile:
                 if not end and self.durability == "full":
                     # Before the first byte, so that no record can be in a file without a name.
                     system.sync_folder(self.path)
-                start = self._write(data, end)
+                start = self._write(data)
                 is_in_place = self._is_in_place()
                 # A crash from here on leaves the records, which may count or be lost together
                 # with the machine; nobody has been told yet.
@@ -460,7 +460,7 @@ class JournalFile:
                 for begin, data in self._unsynced:
                     system.pwrite(fd, data, begin)
 
-    def _write(self, data: bytes, end: int) -> int:
+    def _write(self, data: bytes) -> int:
         """Append ``data`` in one write; returns where it begins.
 
         Raises:
@@ -619,7 +619,9 @@ class JournalFile:
         try:
             self.lock.release()
         except Exception as error:
-            # Optuna's locks raise when they were evicted. What we wrote counts all the same.
+            # Optuna's locks raise when they were evicted; a signal's handler may raise within
+            # ours. What we wrote counts all the same.
+            self._abandon()
             _logger.warning("Releasing the lock of %s failed: %s", self.path, error)
 
     # --- errors ------------------------------------------------------------------------------
@@ -634,9 +636,13 @@ class JournalFile:
             raise
         except BaseException:
             # An interrupt, which may strike between the lock and whatever gives it back.
-            if isinstance(self.lock, (JournalFileSymlinkLock, JournalFileOpenLock)):
-                self.lock.abandon()
+            self._abandon()
             raise
+
+    def _abandon(self) -> None:
+        """Give back what an interrupt may have left of a lock of ours."""
+        if isinstance(self.lock, (JournalFileSymlinkLock, JournalFileOpenLock)):
+            self.lock.abandon()
 
     def check_is_torn(self, tail: bytes) -> None:
         """Of a file without a newline: somebody's own, named by mistake, is not overwritten."""
