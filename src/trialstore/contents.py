@@ -39,31 +39,6 @@ _DROPPED: Final[dict[Any, Any]] = {}
 _UNFINISHED: Final = frozenset({TrialState.RUNNING, TrialState.WAITING})
 
 
-def readable_result(
-    state: int, values: list[float] | None, n_objectives: int
-) -> tuple[int, list[float] | None, list[tuple[str, str]]]:
-    """State and values as they are shown: a COMPLETE trial without readable values is a FAIL.
-
-    Returns:
-        Both, and each field that can't be read with the reason.
-    """
-    unreadable = []
-    if not 0 <= state < len(STATES):
-        unreadable.append(("state", f"{state} is no state"))
-        state = r.FAIL
-    if values is not None:
-        if any(map(math.isnan, values)):
-            unreadable.append(("values", f"{values} holds NaN"))
-            values = None
-        elif len(values) != n_objectives:
-            unreadable.append(("values", f"{len(values)} for {n_objectives} objectives"))
-            values = None
-    if state == r.COMPLETE and values is None:
-        unreadable.append(("state", "COMPLETE without values, shown as FAIL"))
-        state = r.FAIL
-    return state, values, unreadable
-
-
 class TrialContents:
     """Working contents of a trial; ``params`` are external representations."""
 

@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from json import dumps
 import logging
+import math
 import sys
 from typing import Any, Final, NamedTuple
 
@@ -35,14 +36,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from trialstore import records as r
-from trialstore.contents import (
-    STATES,
-    StudyContents,
-    TrialContents,
-    internal_value,
-    readable_result,
-    slot_id,
-)
+from trialstore.contents import STATES, StudyContents, TrialContents, internal_value, slot_id
 from trialstore.log import Wanted
 from trialstore.records import ACCEPTED, Outcome, Record, Verdict
 
@@ -91,6 +85,31 @@ class Still(NamedTuple):
 
     positions: r.PutPositions
     studies: list[tuple[r.PutStudy, list[r.PutParam], Iterator[r.PutTrial]]]
+
+
+def readable_result(
+    state: int, values: list[float] | None, n_objectives: int
+) -> tuple[int, list[float] | None, list[tuple[str, str]]]:
+    """State and values as they are shown: a COMPLETE trial without readable values is a FAIL.
+
+    Returns:
+        Both, and each field that can't be read with the reason.
+    """
+    unreadable = []
+    if not 0 <= state < len(STATES):
+        unreadable.append(("state", f"{state} is no state"))
+        state = r.FAIL
+    if values is not None:
+        if any(map(math.isnan, values)):
+            unreadable.append(("values", f"{values} holds NaN"))
+            values = None
+        elif len(values) != n_objectives:
+            unreadable.append(("values", f"{len(values)} for {n_objectives} objectives"))
+            values = None
+    if state == r.COMPLETE and values is None:
+        unreadable.append(("state", "COMPLETE without values, shown as FAIL"))
+        state = r.FAIL
+    return state, values, unreadable
 
 
 class Replica:

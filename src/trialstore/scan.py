@@ -15,10 +15,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from optuna.study import StudyDirection
 
-from trialstore.contents import readable_result
 from trialstore.log import START, Cursor, Log, Overview, Paged, Wanted
 from trialstore.records import COMPLETE, RUNNING, PutStudy, PutTrial
-from trialstore.replica import Replica
+from trialstore.replica import Replica, readable_result
 from trialstore.snapshot import apply_all, pack, restore_base, unpack
 
 _PAGE_TRIALS: Final = 1000

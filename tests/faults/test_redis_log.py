@@ -26,6 +26,7 @@ from trialstore import records as r
 from trialstore.errors import LogCorruptError, LogUnavailableError, OutcomeUnknownError
 from trialstore.log import NOTHING, START
 from trialstore.logs.redis import RedisLog
+from trialstore.logs.redis.doors import settings_of
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import CountingProxy, ManualClock
 from trialstore.testing.follower import Follower
@@ -70,14 +71,10 @@ class _LossyDoor:
     def pipeline(self, commands: Any) -> Any:
         return self._rule(lambda: self._inner.pipeline(commands))
 
-    def settings(self) -> Any:
-        return self._inner.settings()
-
-    def value_bytes_max(self) -> Any:
-        return self._rule(self._inner.value_bytes_max)
-
-    def bytes_free(self) -> Any:
-        return self._rule(self._inner.bytes_free)
+    def ask_each(self, ask: Callable[[Any], Any]) -> Any:
+        if ask is settings_of:  # as part of opening
+            return self._inner.ask_each(ask)
+        return self._rule(lambda: self._inner.ask_each(ask))
 
     def close(self) -> None:
         self._inner.close()

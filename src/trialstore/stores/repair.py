@@ -19,6 +19,7 @@ from trialstore import records as r
 from trialstore.errors import IncompatibleSchemaError
 from trialstore.log import CompactableLog, Entries
 from trialstore.logs.file import FileLog, system
+from trialstore.logs.modes import share_like
 from trialstore.logs.relational.log import TablesLog
 from trialstore.logs.relational.mending import mend_tables
 from trialstore.replica import Replica
@@ -113,7 +114,7 @@ def make_like(path: Path, other: Path) -> bool:
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.BINARY, 0o600)
     try:
-        is_shared = system.share_like(fd, str(other))
+        is_shared = share_like(fd, str(other))
     finally:
         os.close(fd)
     path.chmod(path.stat().st_mode | stat.S_IRUSR | stat.S_IWUSR)  # backups are often read-only

@@ -23,6 +23,7 @@ from trialstore.logs.file.lines import decode_chunk
 from trialstore.logs.file.position import Position, position_of
 from trialstore.logs.file.sidecar import path_beside
 from trialstore.logs.head import Head, encode_head
+from trialstore.logs.modes import share_like
 
 # A new file is written in pieces of so many lines.
 _COPIED_LINES: Final = 4096
@@ -92,7 +93,7 @@ def _put_in_place(journal: JournalFile, fd: int, position: Position, unfinished:
                 f"{journal.path}: the file has more names than this one (hard links), under which "
                 "the old one would be kept and written to. Remove them first."
             )
-        if not system.share_like(fd, journal.path):
+        if not share_like(fd, journal.path):
             raise CompactionRefusedError(
                 f"{journal.path}: its group has rights that this user can't give to the new file, "
                 "and would be locked out. Let a member of the group compact it."

@@ -49,7 +49,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 
 from trialstore.clock import CLOCK, Clock
 from trialstore.errors import LogUnavailableError
-from trialstore.logs.file import system
+from trialstore.logs.modes import share_beside
 
 try:
     import fcntl
@@ -404,7 +404,7 @@ class _FileLock(BaseJournalFileLock):
 
         They must queue in the one, and read in the other who is dead.
         """
-        system.share_beside(fd, self._lock_path.removesuffix(".lock"))
+        share_beside(fd, self._lock_path.removesuffix(".lock"))
 
     def _leave_replaced_queue(self) -> None:
         """Of a waiter: another queue may have taken the place of the one that it waits in."""

@@ -21,6 +21,7 @@ from trialstore.log import Cursor
 from trialstore.logs.file import system
 from trialstore.logs.file.journal_file import JournalFile
 from trialstore.logs.file.position import Position, cursor_of, mark_of, position_of
+from trialstore.logs.modes import share_like
 
 # The sidecar: magic, CRC-32 of the header (4 bytes, big endian), length of the header (likewise),
 # header (msgpack of _Header), the snapshot as it was given. No JSON and no pickle begins
@@ -70,7 +71,7 @@ def save(journal: JournalFile, make: Callable[[], tuple[bytes, Cursor] | None]) 
                 return False
             # It holds what the journal holds. Whoever of the journal's group can't open it, where
             # the group can't be given to it, replays the journal.
-            system.share_like(fd, journal.path)
+            share_like(fd, journal.path)
             made = make()
             prefix = None if made is None else _prefix(journal, *made)
             if made is None or prefix is None:

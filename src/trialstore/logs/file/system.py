@@ -15,8 +15,6 @@ import os
 import sys
 from typing import Final
 
-from trialstore.logs.modes import share_beside as share_beside, share_like as share_like
-
 try:
     import fcntl
 except ImportError:  # Windows

@@ -18,7 +18,15 @@ from trialstore.logs.redis.address import (
     pool_of,
     with_password,
 )
-from trialstore.logs.redis.doors import Cluster, Door, Server, risks_of
+from trialstore.logs.redis.doors import (
+    Cluster,
+    Door,
+    Server,
+    bytes_free,
+    risks_of,
+    settings_of,
+    value_bytes_max,
+)
 from trialstore.logs.redis.driver import driver, kind_of
 from trialstore.logs.redis.keys import Keys, has_hash_tag
 
@@ -142,7 +150,7 @@ class Connection:
         longest = max(map(len, values), default=0)
         if longest <= _VALUE_BYTES_SAFE:
             return
-        limit = self.ask(lambda door: door.value_bytes_max())
+        limit = min(self.ask(lambda door: door.ask_each(value_bytes_max)))
         if longest > limit:
             raise ValueError(
                 f"{self.address}: a value of {longest:,} bytes is longer than the server takes "
@@ -159,7 +167,7 @@ class Connection:
         Raises:
             LogUnavailableError: It has not; nothing was sent.
         """
-        free = self.ask(lambda door: door.bytes_free())
+        free = min(self.ask(lambda door: door.ask_each(bytes_free)))
         if n_bytes > free:
             raise LogUnavailableError(
                 f"{self.address}: of maxmemory {free:,} bytes are left, and {n_bytes:,} are "
@@ -217,7 +225,7 @@ class Connection:
         if about in _warned:
             return
         risks: dict[str, None] = {}
-        for settings in door.settings():
+        for settings in door.ask_each(settings_of):
             risks.update(dict.fromkeys(risks_of(settings, self._durability)))
         _warned.add(about)
         if risks:

@@ -5,14 +5,16 @@ Source: Redis serialization protocol specification; redis-py ``Connection``, ``R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import hashlib
 import math
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from trialstore.logs.redis.driver import driver
+
+_T = TypeVar("_T")
 
 # The setting that says how long a value may be, and what it is where nobody has set it.
 _LIMIT: Final = "proto-max-bulk-len"
@@ -26,11 +28,9 @@ class Door(Protocol):
 
     def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]: ...
 
-    def settings(self) -> list[Settings]: ...
-
-    def value_bytes_max(self) -> int: ...
-
-    def bytes_free(self) -> float: ...
+    def ask_each(self, ask: Callable[[Any], _T]) -> list[_T]:
+        """What each server that keeps records answers, through redis-py's client of it."""
+        ...
 
     def close(self) -> None: ...
 
@@ -79,24 +79,10 @@ class Server:
     def read(self) -> Any:
         return self._connection.read_response()
 
-    def settings(self) -> list[Settings]:
+    def ask_each(self, ask: Callable[[Any], _T]) -> list[_T]:
         client = driver().Redis(connection_pool=self._pool)
         try:
-            return [_ask_settings(client)]
-        finally:
-            self._pool.disconnect()
-
-    def value_bytes_max(self) -> int:
-        client = driver().Redis(connection_pool=self._pool)
-        try:
-            return _ask_value_bytes_max(client)
-        finally:
-            self._pool.disconnect()
-
-    def bytes_free(self) -> float:
-        client = driver().Redis(connection_pool=self._pool)
-        try:
-            return _ask_bytes_free(client)
+            return [ask(client)]
         finally:
             self._pool.disconnect()
 
@@ -121,23 +107,9 @@ class Cluster:
             answers: list[Any] = pipeline.execute()
             return answers
 
-    def settings(self) -> list[Settings]:
-        return [
-            _ask_settings(self._client.get_redis_connection(node))
-            for node in self._client.get_primaries()
-        ]
-
-    def value_bytes_max(self) -> int:
-        return min(
-            _ask_value_bytes_max(self._client.get_redis_connection(node))
-            for node in self._client.get_primaries()
-        )
-
-    def bytes_free(self) -> float:
-        return min(
-            _ask_bytes_free(self._client.get_redis_connection(node))
-            for node in self._client.get_primaries()
-        )
+    def ask_each(self, ask: Callable[[Any], _T]) -> list[_T]:
+        nodes = self._client.get_primaries()
+        return [ask(self._client.get_redis_connection(node)) for node in nodes]
 
     def close(self) -> None:
         self._client.close()
@@ -155,7 +127,7 @@ def _pack(args: Sequence[Any]) -> bytes:
     return b"".join(parts)
 
 
-def _ask_settings(client: Any) -> Settings:
+def settings_of(client: Any) -> Settings:
     answers: list[dict[str, Any]] = []
     for ask, args in ((client.info, ()), (client.config_get, ("*append*",))):
         try:
@@ -165,14 +137,16 @@ def _ask_settings(client: Any) -> Settings:
     return Settings(*answers)
 
 
-def _ask_value_bytes_max(client: Any) -> int:
+def value_bytes_max(client: Any) -> int:
+    """The longest value that a server takes."""
     try:
         return int(client.config_get(_LIMIT).get(_LIMIT, _USUAL_VALUE_BYTES_MAX))
     except driver().ResponseError:
         return _USUAL_VALUE_BYTES_MAX  # hosted servers refuse CONFIG
 
 
-def _ask_bytes_free(client: Any) -> float:
+def bytes_free(client: Any) -> float:
+    """What is left of a server's memory; infinite where that is not said."""
     try:
         memory = client.info("memory")
     except driver().ResponseError:
