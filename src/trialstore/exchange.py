@@ -12,12 +12,10 @@ record is in the log and only this process's memory is behind, which dies with t
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable, Sequence
 import contextlib
 import itertools
 import logging
-from multiprocessing import util as multiprocessing_util
 import os
 import threading
 from typing import Any, Final, TypeVar, cast
@@ -38,6 +36,7 @@ from trialstore.log import (
     SnapshotStore,
     Wanted,
 )
+from trialstore.processes import Fork, at_exit, living
 from trialstore.records import (
     AnyOperation,
     Operation,
@@ -157,7 +156,7 @@ class Exchanger:
         """Whether a thread sees to the outbox, which is started if there is none; hold the
         mutex."""
         if self._linger_thread is None:
-            _flush_at_exit_of_this_process()
+            at_exit(_flush_all, priority=100)
             thread = threading.Thread(target=self._linger, name="trialstore-linger", daemon=True)
             try:
                 thread.start()
@@ -825,63 +824,21 @@ def _rejection(record: TrialWrite, why: str) -> str:
 # --- fork and exit -------------------------------------------------------------------------------
 
 _alive: weakref.WeakSet[Exchanger] = weakref.WeakSet()
-_forking = threading.RLock()
-"""One fork at a time: all hooks of a fork run in one thread."""
-_held: list[Exchanger] = []
-_exit_registered_in: int | None = None
-
-
-def living(members: weakref.WeakSet[_T]) -> list[_T]:
-    """Those of a weak set, which another thread may be adding to."""
-    while True:
-        try:
-            return list(members)
-        except RuntimeError:  # which it did
-            continue
-
-
-def hold(members: weakref.WeakSet[Exchanger], held: list[Exchanger]) -> None:
-    """Before a fork. An interrupt ends it, and ``os.fork`` goes on all the same: what is not in
-    ``held`` then is not held."""
-    _forking.acquire()
-    for exchanger in living(members):
-        exchanger.hold_for_fork()
-        held.append(exchanger)
-
-
-def release(held: list[Exchanger]) -> None:
-    """After it, in the parent."""
-    try:
-        for exchanger in reversed(held):
-            exchanger.go_on_in_parent()
-    finally:
-        forget(held)
-
-
-def forget(held: list[Exchanger]) -> None:
-    """After it, where what was held is the parent's."""
-    held.clear()
-    _forking.release()
-
-
-def _hold_all() -> None:
-    hold(_alive, _held)
-
-
-def _release_all() -> None:
-    release(_held)
+_fork = Fork(_alive)
 
 
 def _begin_all() -> None:
     try:
         for exchanger in living(_alive):
-            exchanger.begin_in_child(held=any(exchanger is held for held in _held))
+            exchanger.begin_in_child(held=_fork.holds(exchanger))
     finally:
-        forget(_held)
+        _fork.forget()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_hold_all, after_in_parent=_release_all, after_in_child=_begin_all)
+    os.register_at_fork(
+        before=_fork.hold, after_in_parent=_fork.release, after_in_child=_begin_all
+    )
 
 
 def _flush_all() -> None:
@@ -892,12 +849,3 @@ def _flush_all() -> None:
             pass  # logged when it was rejected
         except Exception as error:  # of one storage; the others have theirs to save
             _logger.error("Deferred records are lost with this process: %s", error)
-
-
-def _flush_at_exit_of_this_process() -> None:
-    """A multiprocessing child runs finalizers, its own only, but no ``atexit``."""
-    global _exit_registered_in
-    if _exit_registered_in != os.getpid():
-        _exit_registered_in = os.getpid()
-        multiprocessing_util.Finalize(None, _flush_all, exitpriority=100)
-        atexit.register(_flush_all)

@@ -24,7 +24,7 @@ except ImportError as error:
 
 from trialstore.callbacks import StaleTrialCallback
 from trialstore.clock import CLOCK, Clock
-from trialstore.exchange import Exchanger, forget, hold, release
+from trialstore.exchange import Exchanger
 from trialstore.log import START, Log, Wanted
 from trialstore.logs.grpc.client import (
     CALL_TIMEOUT_S,
@@ -38,6 +38,7 @@ from trialstore.logs.grpc.server import MESSAGE_BYTES_MAX, ProxyServer, Security
 from trialstore.logs.grpc.share import Share
 from trialstore.logs.grpc.sharing import ShareLog, share_of
 from trialstore.logs.memory import MemoryLog
+from trialstore.processes import Fork
 from trialstore.storage import Storage
 
 __all__ = ["GrpcStorageProxy", "run_grpc_proxy_server"]
@@ -266,12 +267,10 @@ class GrpcStorageProxy(Storage):
 # was registered later and therefore runs before both.
 
 _alive: weakref.WeakSet[Exchanger] = weakref.WeakSet()
-_held: list[Exchanger] = []
+_fork = Fork(_alive)
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: hold(_alive, _held),
-        after_in_parent=lambda: release(_held),
-        after_in_child=lambda: forget(_held),
+        before=_fork.hold, after_in_parent=_fork.release, after_in_child=_fork.forget
     )

@@ -11,18 +11,16 @@ trial RUNNING; one that it leaves is lost, and found by the lease that is left w
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable
 import logging
-from multiprocessing import util as multiprocessing_util
-import os
 import threading
 from typing import Final, TypeVar
 import weakref
 
 from trialstore.clock import Clock
-from trialstore.exchange import Exchanger, living
+from trialstore.exchange import Exchanger
 from trialstore.log import LeaseStore
+from trialstore.processes import at_exit, living
 
 _logger = logging.getLogger("trialstore")
 _T = TypeVar("_T")
@@ -100,7 +98,7 @@ class Heartbeat:
             with self._exchanger.mutex:
                 self._due_s = self._clock.now_s() + (self._interval_s() or 0.0)
                 if self._thread is None:
-                    _withdraw_at_exit_of_this_process()
+                    at_exit(_end_all, priority=90)
                     thread = threading.Thread(
                         target=self._beat, name="trialstore-heartbeat", daemon=True
                     )
@@ -207,7 +205,6 @@ class Heartbeat:
 # --- exit ----------------------------------------------------------------------------------------
 
 _alive: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
-_exit_registered_in: int | None = None
 
 
 def _end_all() -> None:
@@ -216,12 +213,3 @@ def _end_all() -> None:
             heartbeat.end()
         except Exception as error:
             _logger.warning("Running trials will be held for those of a dead worker: %s", error)
-
-
-def _withdraw_at_exit_of_this_process() -> None:
-    """A multiprocessing child runs finalizers, its own only, but no ``atexit``."""
-    global _exit_registered_in
-    if _exit_registered_in != os.getpid():
-        _exit_registered_in = os.getpid()
-        multiprocessing_util.Finalize(None, _end_all, exitpriority=90)
-        atexit.register(_end_all)

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 import pytest
 
 from interrupts import is_interrupted_at
-from trialstore import exchange, replica
+from trialstore import exchange, processes, replica
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.in_memory import InMemoryStorage
@@ -952,10 +952,10 @@ def test_a_storage_that_is_opened_during_a_fork_keeps_no_other_from_being_held(
 ) -> None:
     """Nor from bringing what it has put off to the log at the end of the process."""
     members = [Storage(MemoryLog())._exchanger, storage._exchanger]
-    monkeypatch.setattr(exchange, "_alive", _Growing(members))
-    exchange._hold_all()
-    held = set(exchange._held)
-    exchange._release_all()
+    monkeypatch.setattr(exchange._fork, "_members", _Growing(members))
+    exchange._fork.hold()
+    held = set(exchange._fork._held)
+    exchange._fork.release()
     assert held == set(members)
 
 
@@ -1009,11 +1009,11 @@ def test_an_interrupt_while_a_fork_waits_leaves_nothing_held(
 
     for first in ([exchanger], [others[0]._exchanger, exchanger, others[1]._exchanger]):
         with monkeypatch.context() as patch:
-            patch.setattr(exchange, "_alive", set(first))
+            patch.setattr(exchange._fork, "_members", set(first))
             patch.setattr(exchanger._exchanged, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                exchange._hold_all()
-            exchange._release_all()
+                exchange._fork.hold()
+            exchange._fork.release()
     go_on.set()
     reader.join(_DEADLINE_S)
     tap.before = lambda records: None
@@ -1025,11 +1025,13 @@ def test_an_interrupt_at_any_moment_of_a_fork_leaves_nothing_held(
     storage: Storage, study_id: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Storage(MemoryLog(), clock=ManualClock())
-    monkeypatch.setattr(exchange, "_alive", {storage._exchanger, other._exchanger})
+    monkeypatch.setattr(exchange._fork, "_members", {storage._exchanger, other._exchanger})
     for moment in itertools.count(1):
-        interrupted = is_interrupted_at(moment, exchange._hold_all, exchange.__file__)
+        interrupted = is_interrupted_at(
+            moment, exchange._fork.hold, exchange.__file__, processes.__file__
+        )
         with contextlib.suppress(RuntimeError):  # not even begun
-            exchange._release_all()
+            exchange._fork.release()
         run_threads(storage.flush, other.flush)
         if not interrupted:
             break
@@ -1044,6 +1046,6 @@ def test_a_child_of_a_fork_that_did_not_wait_reads_anew(storage: Storage, study_
     other = threading.Thread(target=exchanger.mutex.acquire)
     other.start()
     other.join(_DEADLINE_S)  # as in the middle of an exchange, for ever
-    exchange._forking.acquire()
+    processes._one_fork.acquire()
     exchange._begin_all()  # what runs in the child
     assert storage.get_trial(trial_id).params == {"x": 0.5}

@@ -1,0 +1,87 @@
+"""When a process forks, and when it ends: for whatever has state of this process alone."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from multiprocessing import util as multiprocessing_util
+import os
+import threading
+from typing import Generic, Protocol, TypeVar
+import weakref
+
+_T = TypeVar("_T")
+
+_one_fork = threading.RLock()
+"""At a time: all hooks of a fork run in one thread."""
+_exits_registered: dict[Callable[[], None], int] = {}
+"""What is done at the end, by whom: a process id."""
+
+
+class Holdable(Protocol):
+    def hold_for_fork(self) -> None: ...
+
+    def go_on_in_parent(self) -> None: ...
+
+
+_H = TypeVar("_H", bound=Holdable)
+
+
+class Fork(Generic[_H]):
+    """What must not be at work while the process forks.
+
+    Args:
+        members: Who is held.
+    """
+
+    def __init__(self, members: weakref.WeakSet[_H]) -> None:
+        self._members = members
+        self._held: list[_H] = []
+
+    def hold(self) -> None:
+        """Before it. An interrupt ends this, and ``os.fork`` goes on all the same: whoever was not
+        reached is not held."""
+        _one_fork.acquire()
+        for member in living(self._members):
+            member.hold_for_fork()
+            self._held.append(member)
+
+    def holds(self, member: _H) -> bool:
+        return any(member is held for held in self._held)
+
+    def release(self) -> None:
+        """After it, in the parent."""
+        try:
+            for member in reversed(self._held):
+                member.go_on_in_parent()
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """After it, where what was held is the parent's."""
+        self._held.clear()
+        _one_fork.release()
+
+
+def living(members: weakref.WeakSet[_T]) -> list[_T]:
+    """Those of a weak set, which another thread may be adding to."""
+    while True:
+        try:
+            return list(members)
+        except RuntimeError:  # which it did
+            continue
+
+
+def at_exit(act: Callable[[], None], priority: int) -> None:
+    """Have something done at the end of this process, once, however often this is called.
+
+    A multiprocessing child runs finalizers, its own only, but no ``atexit``.
+
+    Args:
+        act: What.
+        priority: What has a greater one is done before, in such a child.
+    """
+    if _exits_registered.get(act) != os.getpid():
+        _exits_registered[act] = os.getpid()
+        multiprocessing_util.Finalize(None, act, exitpriority=priority)
+        atexit.register(act)
