@@ -189,21 +189,17 @@ def _kept(
     kept = salvaged.kept
     if salvaged.kind in ("torn-tail", "glued-record"):
         done.append(f"{where}: took away what a crash had left.")
+    elif salvaged.stands_in:
+        done.append(f"{where}: put a stand-in for what was created here.")
     elif salvaged.kind and kept:
-        done.append(
-            f"{where}: kept {len(kept)} records of a damaged line."
-            if not salvaged.stands_in
-            else f"{where}: put a stand-in for what was created here."
-        )
-        if salvaged.kind == "checksum":
-            given_up.append(f"{where}: some field of the trial may not be what was written.")
-    elif salvaged.kind:
-        given_up.append(f"{where}: {salvaged.message} What it said is lost.")
+        done.append(f"{where}: kept {len(kept)} records of a damaged line.")
+    if salvaged.loses:
+        given_up.append(f"{where}: {_lost_of(salvaged)}")
     study = audit.newest_study
     if where in fills and study is not None:
         done.append(f"{where}: put trials in the place of those created here: {fills[where]}.")
-        if salvaged.stands_in:
-            given_up.append(f"{where}: {salvaged.message} What else it said is lost.")
+        if not salvaged.loses:
+            given_up.append(f"{where}: records before it are missing, and what they said is lost.")
         lost = (lost_trial(study),) * fills[where]
         kept = (*kept, *lost) if salvaged.stands_in else (*lost, *kept)
     for record in kept:
@@ -212,17 +208,24 @@ def _kept(
             done.append(f"{where}: left out a record that is there twice.")
         elif "trial-unknown" in wrong or "study-unknown" in wrong:
             given_up.append(f"{where}: it is about something that was never created.")
-        elif salvaged.kind or salvaged.entry.data is None:
+        elif salvaged.kind or record is not salvaged.record or salvaged.entry.data is None:
             yield r.encode_line(record)
         else:
             yield salvaged.entry.data.lstrip(b" ") + b"\n"
+
+
+def _lost_of(salvaged: Salvaged) -> str:
+    if salvaged.kind == "checksum" and salvaged.kept:
+        return "some field of the trial may not be what was written."
+    return f"{salvaged.message} What {'else ' if salvaged.kept else ''}it said is lost."
 
 
 def _lost_creations(log: Entries) -> dict[str, int]:
     """How many trials were created by what is destroyed, by place; ids are positions.
 
     Behind it others name them, or trials that were created later: as many more than the records
-    that are left create.
+    that are left create. Where nothing is seen to be damaged, whole records are gone, and the
+    place is the first that names what they created.
     """
     lost: dict[str, int] = {}
     audit = Audit(Replica())
@@ -239,11 +242,12 @@ def _lost_creations(log: Entries) -> dict[str, int]:
             if "record-double" not in wrong:
                 n_created += audit.n_created - n_before
             trial_id = getattr(record, "trial_id", -1)
-            if place and trial_id >= n_created:
+            if trial_id >= n_created:
                 # Where no checksum says that the id is what was written, a second record has to.
                 line = (entry.data or b"").lstrip(b" ")
                 if trial_id in named or r.checksum_matches(line):
-                    lost[place] = lost.get(place, 0) + trial_id + 1 - n_created
+                    at = place or entry.where
+                    lost[at] = lost.get(at, 0) + trial_id + 1 - n_created
                     n_created = trial_id + 1
                 named.add(trial_id)
     return lost

@@ -32,6 +32,7 @@ class Salvaged(msgspec.Struct, frozen=True):
         kept: What a repair writes in its place: the record; of a damaged line the whole records
             that are in it; of one that created something a stand-in, so that later ids stay.
         stands_in: What is kept is such a stand-in, and first of what was there.
+        loses: More was there than what is kept says.
     """
 
     entry: Entry
@@ -41,13 +42,14 @@ class Salvaged(msgspec.Struct, frozen=True):
     severity: Severity = "error"
     kept: tuple[AnyOperation, ...] = ()
     stands_in: bool = False
+    loses: bool = False
 
 
 def read_entry(entry: Entry) -> Salvaged:
     """The record of an entry, or what is wrong with it."""
     if entry.data is None:
         message = "The record is missing: evicted, deleted, or its writer was killed."
-        return Salvaged(entry, kind="record-missing", message=message)
+        return Salvaged(entry, kind="record-missing", message=message, loses=True)
     line = entry.data.lstrip(b" ")
     record, why = _read(line)
     if not entry.ended:
@@ -61,7 +63,7 @@ def read_entry(entry: Entry) -> Salvaged:
     if record is not None:
         # Where only its place matters, a record whose bytes can't be trusted is better than none.
         kept = (record,) if isinstance(record, _CREATIONS) else ()
-        return Salvaged(entry, None, "checksum", why, kept=kept)
+        return Salvaged(entry, None, "checksum", why, kept=kept, loses=True)
     return _damaged(entry, line, why)
 
 
@@ -74,13 +76,19 @@ def _glued(line: bytes) -> AnyOperation | None:
 
 
 def _damaged(entry: Entry, line: bytes, why: str) -> Salvaged:
-    whole = tuple(record for *_, record in _whole_records(line))
+    whole = _whole_records(line)
     if whole:
         why = f"{why} {len(whole)} whole records are in it."
-        return Salvaged(entry, None, "record-damaged", why, kept=whole)
+        kept = tuple(record for *_, record in whole)
+        # A byte behind each was its newline.
+        n_others = len(line.strip(b" ")) - sum(end - begin for begin, end, _ in whole)
+        loses = n_others > len(whole)
+        return Salvaged(entry, None, "record-damaged", why, kept=kept, loses=loses)
     stand_in = _stand_in(line)
     kept = () if stand_in is None else (stand_in,)
-    return Salvaged(entry, None, "record-damaged", why, kept=kept, stands_in=bool(kept))
+    return Salvaged(
+        entry, None, "record-damaged", why, kept=kept, stands_in=bool(kept), loses=True
+    )
 
 
 def _read(line: bytes) -> tuple[AnyOperation | None, str]:
