@@ -3,7 +3,9 @@
 Optuna asks for all WAITING trials before each trial and claims the first. With thousands of them a
 list of their ``FrozenTrial`` objects, made anew after each claim, costs far more than the claim.
 So what a reader gets is a *stretch* of one list that only grows at its end; it builds what it is
-asked for, and a claim moves the beginning of the next stretch.
+asked for, and a claim moves the beginning of the next stretch. Of many workers that claim at one
+moment most take one behind the first; who leaves from there leaves a *hole*, which later stretches
+pass over.
 
 An earlier read never changes: whoever leaves the queue, or changes in it, is replaced in the
 stretches that somebody still has by what it was then.
@@ -24,7 +26,8 @@ from weakref import WeakValueDictionary
 
 from optuna.trial import FrozenTrial
 
-# How many that have left may stand before the first; moving the others costs once for so many.
+# How many that have left may stand before the first, and how many be holes behind it; moving the
+# others costs once for so many.
 _LEFT_MAX: Final = 1024
 
 _random = random.SystemRandom()  # not the user's, whom a seed promises what comes next
@@ -47,6 +50,7 @@ class Stretch(Sequence[FrozenTrial]):
         slots: What is shared with other stretches of the list.
         begin: Where this one begins, and
         end: where it ends.
+        holes: Indexes from ``begin`` on, in order, of those that had left by then.
         mutex: Gives what keeps the replica from changing while a trial is built; asked each time,
             since a forked child has another.
     """
@@ -56,15 +60,17 @@ class Stretch(Sequence[FrozenTrial]):
         slots: list[_Waiting | FrozenTrial],
         begin: int,
         end: int,
+        holes: Sequence[int],
         mutex: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._slots = slots
         self._begin = begin
         self._end = end
+        self._holes = holes
         self._mutex = mutex
 
     def __len__(self) -> int:
-        return self._end - self._begin
+        return self._end - self._begin - len(self._holes)
 
     @overload
     def __getitem__(self, index: int) -> FrozenTrial: ...
@@ -74,12 +80,15 @@ class Stretch(Sequence[FrozenTrial]):
 
     def __getitem__(self, index: int | slice) -> FrozenTrial | list[FrozenTrial]:
         if isinstance(index, slice):
-            return [self._at(at) for at in range(self._begin, self._end)[index]]
-        return self._at(range(self._begin, self._end)[index])
+            return [self._at(at) for at in range(len(self))[index]]
+        return self._at(range(len(self))[index])
 
     def _at(self, index: int) -> FrozenTrial:
+        holes, at = self._holes, self._begin + index
+        # Before the hole with number n stand so many others, n of them holes.
+        at += bisect_right(range(len(holes)), at, key=lambda n: holes[n] - n)
         with self._mutex():
-            trial = self._slots[index]
+            trial = self._slots[at]
             return trial if isinstance(trial, FrozenTrial) else trial.shared_view()
 
 
@@ -193,58 +202,71 @@ class Waiting:
         self._slots: list[_Waiting | FrozenTrial] = []
         self._ids: list[int] = []
         self._begin = 0
+        self._holes: tuple[int, ...] = ()  # behind the beginning; replaced, never edited
         self._stretches: WeakValueDictionary[int, Stretch] = WeakValueDictionary()
 
     def __len__(self) -> int:
-        return len(self._ids) - self._begin
+        return len(self._ids) - self._begin - len(self._holes)
 
     def __iter__(self) -> Iterator[Any]:
-        for index in range(self._begin, len(self._ids)):
-            yield self._slots[index]
+        begin = self._begin
+        for end in (*self._holes, len(self._ids)):
+            for index in range(begin, end):
+                yield self._slots[index]
+            begin = end + 1
 
     def trials(self, mutex: Callable[[], AbstractContextManager[Any]], above: int = -1) -> Stretch:
         """All of them, in O(1), or those with ids above one."""
         begin = self._begin if above < 0 else bisect_right(self._ids, above, self._begin)
-        stretch = Stretch(self._slots, begin, len(self._ids), mutex)
+        holes = self._holes[bisect_left(self._holes, begin) :]
+        stretch = Stretch(self._slots, begin, len(self._ids), holes, mutex)
         self._stretches[id(stretch)] = stretch
         return stretch
 
     def add(self, trial: _Waiting) -> None:
         """Nearly always the latest there is."""
         at = len(self._ids)
-        if len(self) and trial.id < self._ids[-1]:
-            at = bisect_left(self._ids, trial.id, self._begin) - self._move()
+        if len(self) and trial.id <= self._ids[-1]:  # it may be a hole there
+            self._move()
+            at = bisect_left(self._ids, trial.id)
         self._slots.insert(at, trial)
         self._ids.insert(at, trial.id)
 
     def remove(self, trial: _Waiting) -> None:
-        """Nearly always the first. Call it while the trial is as it was."""
+        """Nearly always one of the first few. Call it while the trial is as it was."""
         at = bisect_left(self._ids, trial.id, self._begin)
         if self._stretches:
             self._slots[at] = trial.shared_view()
         if at == self._begin:
-            self._begin += 1
+            n_holes = 0
+            for n_holes, hole in enumerate((*self._holes, -1)):
+                if hole != at + 1 + n_holes:
+                    break
+            self._begin += 1 + n_holes
+            self._holes = self._holes[n_holes:]
             if self._begin > _LEFT_MAX and self._begin > len(self):
                 self._move()
         else:
-            at -= self._move()
-            del self._slots[at], self._ids[at]
+            behind = bisect_left(self._holes, at)
+            self._holes = (*self._holes[:behind], at, *self._holes[behind:])
+            if len(self._holes) > _LEFT_MAX:
+                self._move()
 
     def renew(self) -> None:
         """One is about to change and goes on waiting; who has read it sees it as it was before."""
         if self._stretches:
             self._move()
 
-    def _move(self) -> int:
-        """To a list that nobody has a stretch of; by how much all are further to the front."""
-        given_out = self._slots
-        n_left, self._begin = self._begin, 0
-        self._slots = given_out[n_left:]
-        self._ids = self._ids[n_left:]
+    def _move(self) -> None:
+        """To a list that nobody has a stretch of, without those that have left."""
+        given_out, n_left = self._slots, self._begin
+        self._slots, self._ids = given_out[n_left:], self._ids[n_left:]
+        for hole in reversed(self._holes):
+            del self._slots[hole - n_left], self._ids[hole - n_left]
+        self._begin, self._holes = 0, ()
         if self._stretches:
             self._stretches = WeakValueDictionary()
             given_out[n_left:] = [
                 trial if isinstance(trial, FrozenTrial) else trial.shared_view()
-                for trial in self._slots
+                for trial in given_out[n_left:]
             ]
-        return n_left

@@ -19,8 +19,10 @@ class _Trial:
     def __init__(self, trial_id: int) -> None:
         self.id = trial_id
         self.version = 0
+        self.n_looks = 0
 
     def shared_view(self) -> FrozenTrial:
+        self.n_looks += 1
         return optuna.create_trial(
             state=TrialState.WAITING, system_attrs={"id": self.id, "version": self.version}
         )
@@ -30,22 +32,31 @@ def _shown(trials: object) -> list[tuple[int, int]]:
     return [(x.system_attrs["id"], x.system_attrs["version"]) for x in trials]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("left_max", [5, 1024])
+@pytest.mark.parametrize("first", [0.9, 0.3])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_order_of_changes_leaves_earlier_reads_alone(seed: int) -> None:
+def test_any_order_of_changes_leaves_earlier_reads_alone(
+    seed: int, first: float, left_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trialstore.waiting._LEFT_MAX", left_max)
     rng = random.Random(seed)
     waiting, model, ids = Waiting(), dict[int, _Trial](), iter(rng.sample(range(10_000), 3000))
-    read = []
+    read, left = [], list[_Trial]()
     for step in range(400):
         action = rng.random()
         if action < 0.5 or not model:
-            # Mostly the latest, as on a journal; on tables an earlier one may come back.
+            # Mostly the latest, as on a journal; on tables an earlier one may come late, and
+            # everywhere one that has left may be queued again.
             trial = _Trial(10_000 + step if rng.random() < 0.9 else next(ids))
+            if left and rng.random() < 0.3:
+                trial = left.pop(rng.choice([-1, rng.randrange(len(left))]))
             model[trial.id] = trial
             waiting.add(trial)
         elif action < 0.8:
-            trial = model[min(model) if rng.random() < 0.9 else rng.choice(list(model))]
+            others = (rng.choice(list(model)), max(model))
+            trial = model[min(model) if rng.random() < first else rng.choice(others)]
             waiting.remove(trial)
-            del model[trial.id]
+            left.append(model.pop(trial.id))
         elif action < 0.9:
             trial = rng.choice(list(model.values()))
             waiting.renew()
@@ -53,12 +64,26 @@ def test_any_order_of_changes_leaves_earlier_reads_alone(seed: int) -> None:
         expected = [(id_, model[id_].version) for id_ in sorted(model)]
         if action >= 0.9:
             read.append((waiting.trials(threading.RLock), expected))
+            above = rng.choice(expected)[0] if expected else 0
+            later = [one for one in expected if one[0] > above]
+            read.append((waiting.trials(threading.RLock, above), later))
         assert len(waiting) == len(expected)
         assert [trial.id for trial in waiting] == [id_ for id_, _ in expected]
     for trials, expected in read:
         assert _shown(trials) == expected
         assert len(trials) == len(expected)
         assert _shown(trials[1:3]) == expected[1:3]
+
+
+def test_who_leaves_behind_the_first_costs_the_others_nothing() -> None:
+    waiting, trials = Waiting(), [_Trial(trial_id) for trial_id in range(500)]
+    for trial in trials:
+        waiting.add(trial)
+    for trial in trials[1:100]:
+        read = waiting.trials(threading.RLock)
+        waiting.remove(trial)
+        assert len(waiting) == len(read) - 1
+    assert sum(trial.n_looks for trial in trials) == 99, "those that left, for who had read them"
 
 
 def test_the_queue_looks_like_a_list() -> None:
