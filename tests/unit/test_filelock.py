@@ -271,6 +271,44 @@ def test_a_dead_owner_is_evicted_at_once(kind: Any, path: str) -> None:
     assert owner_files(path) == []
 
 
+def test_who_has_waited_for_long_lately_tries_less_often(path: str) -> None:
+    """A hundred that try every millisecond are more than two cores can do."""
+    fcntl = filelock.fcntl
+    sleeps: list[float] = []
+    free_at_s = 0.0
+
+    class HeldUntil(ManualClock):
+        def sleep(self, duration_s: float) -> None:
+            super().sleep(duration_s)
+            sleeps.append(duration_s)
+            if self.now_s() > free_at_s:
+                fcntl.flock(queue, fcntl.LOCK_UN)
+
+    clock = HeldUntil()
+    lock = JournalFileSymlinkLock(path, clock=clock)
+    with Path(path + ".lock.queue").open("w", encoding="utf-8") as queue:
+
+        def wait(duration_s: float) -> list[float]:
+            nonlocal free_at_s
+            sleeps.clear()
+            free_at_s = clock.now_s() + duration_s
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            lock.acquire()
+            lock.release()
+            return list(sleeps)
+
+        assert 60 < len(wait(0.1)) < 210, "it has not waited before"
+        for _ in range(20):
+            wait(0.1)
+        assert 6 < len(wait(0.1)) < 25
+        for _ in range(20):
+            wait(10.0)
+        assert max(wait(10.0)) < 0.05
+        for _ in range(30):
+            wait(0.001)
+        assert max(wait(0.001)) < 0.002, "and soon as often as before"
+
+
 def test_a_live_owner_is_waited_for(kind: Any, path: str) -> None:
     with holder(kind, path) as process:
         looked = threading.Event()

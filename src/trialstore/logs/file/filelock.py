@@ -94,6 +94,11 @@ _LOCAL_FILE_SYSTEMS: Final = {
 # the one that tries least often.
 _POLL_LOCAL_S: Final = 0.001
 _POLL_SHARED_S: Final = 0.002
+# With a hundred processes such tries are more than two cores can do, and nobody gets on any more.
+# So whoever has waited for long, in its last waits and not in this one, tries less often: some ten
+# times a wait, however many wait.
+_TRIES_A_WAIT: Final = 10
+_POLL_MAX_S: Final = 0.025
 # Between two looks at what stands in the way, a try is one system call, at 31 us of CPU with the
 # sleep; with a look each time it was 47.
 _LOOK_S: Final = 0.02
@@ -235,6 +240,7 @@ class _FileLock(BaseJournalFileLock):
         self._queued = False  # whether we hold the queue
         self._has_flock = fcntl is not None
         self._local: bool | None = None
+        self._poll_s = 0.0  # at least; by what the last waits for the queue have been
         self._held = False
         self._owner: _Identity | None = None  # of the lock file that we made
         self._owner_path = ""  # of the owner file, once we have made one
@@ -327,7 +333,12 @@ class _FileLock(BaseJournalFileLock):
             self._local = file_system_is_local(os.path.dirname(self._lock_path))
         patience = _Patience(self._clock)
         while True:
-            self._wait_until(self._enter_queue, patience, self._replace_queue, _QUEUE_PATIENCE)
+            began_s = self._clock.now_s()
+            self._wait_until(
+                self._enter_queue, patience, self._replace_queue, _QUEUE_PATIENCE, self._poll_s
+            )
+            waited_s = self._clock.now_s() - began_s
+            self._poll_s += (min(waited_s / _TRIES_A_WAIT, _POLL_MAX_S) - self._poll_s) / 4
             if self._queued and not self._swept:
                 self._sweep()
             self._wait_until(self._make_lock_file, patience, self._evict, 1.0)
@@ -345,6 +356,7 @@ class _FileLock(BaseJournalFileLock):
         patience: _Patience,
         evict: Callable[[_Identity | None], bool],
         patience_factor: float,
+        interval_min_s: float = 0.0,
     ) -> None:
         """Try until ``attempt`` succeeds; ``evict`` when the lock file does not change.
 
@@ -369,7 +381,7 @@ class _FileLock(BaseJournalFileLock):
                 warn_at = now + _WARN_AFTER_S
             interval_s = _POLL_LOCAL_S if self._local else _POLL_SHARED_S
             # Jitter, lest waiters march in step and the same one always comes first.
-            self._clock.sleep(interval_s * random.uniform(0.5, 1.5))
+            self._clock.sleep(max(interval_s, interval_min_s) * random.uniform(0.5, 1.5))
 
     # --- the queue ---------------------------------------------------------------------------
 
