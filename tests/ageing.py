@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+import signal
 from typing import Any
 
 import pytest
@@ -46,6 +47,13 @@ def age_leases_of(log: Any, duration_s: float) -> None:
             age_leases(served, duration_s)
     else:
         raise NotImplementedError(f"How does time pass in {log!r}?")
+
+
+def signal_and_wait(child: int, how: signal.Signals) -> None:
+    """Kill or stop a child, and wait until it is: what it may be beating now is aged, then."""
+    os.kill(child, how)
+    came = os.WSTOPPED if how == signal.SIGSTOP else os.WEXITED
+    os.waitid(os.P_PID, child, came | os.WNOWAIT)
 
 
 def age_beats(folder: Path, duration_s: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 import pytest
 
-from ageing import age_leases
+from ageing import age_leases, signal_and_wait
 from faults.beating_worker import GRACE_S, open_storage
 from redis_servers import new_prefix, shared_cluster
 from servers import new_database, shared_redis
@@ -107,9 +107,9 @@ def test_the_dead_are_found_and_the_living_are_left_alone(
         first, fail = optuna.load_study(study_name="s", storage=theirs), _optunas_fail
     ids = {name: int(worker.line()) for name, worker in workers.items()}
 
-    workers["killed"].process.kill()
+    signal_and_wait(workers["killed"].process.pid, signal.SIGKILL)
     age_leases(ours, 2.0 * GRACE_S)
-    _wait_until(lambda: _stale(ours, study) == [ids["killed"]])
+    _wait_until_stale(ours, study, [ids["killed"]])
     fail(first)
     fail(study)
 
@@ -117,10 +117,10 @@ def test_the_dead_are_found_and_the_living_are_left_alone(
     dead = [name for name in workers if "killed" in name or name == "stopped"]
     for name in dead:
         how = signal.SIGSTOP if name == "stopped" else signal.SIGKILL
-        workers[name].process.send_signal(how)
+        signal_and_wait(workers[name].process.pid, how)
     age_leases(ours, 2.0 * GRACE_S)
     expected = sorted(ids[name] for name in dead)
-    _wait_until(lambda: _stale(ours, study) == [one for one in expected if one != ids["killed"]])
+    _wait_until_stale(ours, study, [one for one in expected if one != ids["killed"]])
     fail(study)
     fail(first)
 
@@ -143,9 +143,12 @@ def test_the_dead_are_found_and_the_living_are_left_alone(
     ours.close()
 
 
-def _stale(storage: Storage, study: optuna.Study) -> list[int]:
-    """Who is held for dead, without doing anything about it."""
-    return sorted(storage._find_stale(study._study_id))
+def _wait_until_stale(storage: Storage, study: optuna.Study, expected: list[int]) -> None:
+    """Who is held for dead, without doing anything about it, once those who live beat again."""
+    give_up_at = time.monotonic() + _DEADLINE_S
+    while (found := sorted(storage._find_stale(study._study_id))) != expected:
+        assert time.monotonic() < give_up_at, (found, expected)
+        time.sleep(0.05)
 
 
 def _optunas_retry() -> Any:
@@ -155,10 +158,3 @@ def _optunas_retry() -> Any:
 
 def _optunas_fail(study: optuna.Study) -> None:
     optuna.storages.fail_stale_trials(study)
-
-
-def _wait_until(holds: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + _DEADLINE_S
-    while not holds():
-        assert time.monotonic() < give_up_at, "those who live did not beat again"
-        time.sleep(0.05)
