@@ -88,10 +88,11 @@ class RetryFailedTrialCallback(RetryHeartbeatStaleTrialCallback):
     """The name until Optuna 4.9."""
 
 
-def is_retry_of(system_attrs: dict[str, Any], number: int) -> bool:
-    """Whether a trial with these attributes is the retry of a trial of its study."""
+def retried_number(system_attrs: dict[str, Any]) -> int | None:
+    """Number of the trial that one with these attributes is the retry of; None if it is none."""
     history = system_attrs.get(_HISTORY)
-    return isinstance(history, list) and history[-1:] == [number]
+    number = history[-1] if isinstance(history, list) and history else None
+    return number if isinstance(number, int) else None
 
 
 def as_retry(callback: StaleTrialCallback | None) -> RetryHeartbeatStaleTrialCallback | None:

@@ -7,7 +7,7 @@ is finished, about 0.4 KB, because the operations on a trial may be anywhere in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import heapq
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
@@ -21,6 +21,9 @@ from trialstore.replica import Replica, readable_result
 from trialstore.snapshot import apply_all, pack, restore_base, unpack
 
 _PAGE_TRIALS: Final = 1000
+# To look whether trials of a study have finished costs what a few records cost; all studies are
+# looked at once for so many records each.
+_RECORDS_A_STUDY: Final = 16
 _MAXIMIZE: Final = int(StudyDirection.MAXIMIZE)
 
 _Use = Callable[[Callable[[Any], Any]], Any]
@@ -58,6 +61,7 @@ class Scan:
         elif log is not None:
             (self._replica, self._cursor, _), _ = self._use(restore_base)
         self._packed: dict[int, list[_Packed]] = {}
+        self._n_unpacked = self._pack_at = 0  # records
         self._texts: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._catch_up(Wanted(catalogue=True))
 
@@ -66,13 +70,21 @@ class Scan:
             batch = self._use(lambda log: log.exchange((), self._cursor, wanted))
             apply_all(self._replica, batch.news)
             self._cursor = batch.cursor
+            self._n_unpacked += len(batch.news)
             more = batch.more
             del batch
-            for study_id in self._replica.loaded_study_ids():
-                packed = self._packed.setdefault(study_id, [])
-                packed += map(self._pack, self._replica.take_finished(study_id))
+            if self._n_unpacked >= self._pack_at:
+                study_ids = self._replica.loaded_study_ids()
+                self._pack_finished(study_ids)
+                self._n_unpacked, self._pack_at = 0, _RECORDS_A_STUDY * len(study_ids)
             if not more:
+                self._pack_finished(wanted.trials_of)
                 return
+
+    def _pack_finished(self, study_ids: Iterable[int]) -> None:
+        for study_id in study_ids:
+            packed = self._packed.setdefault(study_id, [])
+            packed += map(self._pack, self._replica.take_finished(study_id))
 
     def _pack(self, image: PutTrial) -> _Packed:
         # Most trials of a study have the same distributions, which are most of an image.

@@ -9,7 +9,7 @@ fails it. A failing without its retry can't be left, except where no retry can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import itertools
 import logging
 import math
@@ -18,7 +18,7 @@ from typing import Any, Final
 from optuna.trial import FrozenTrial
 
 from trialstore import records as r
-from trialstore.callbacks import is_retry_of
+from trialstore.callbacks import retried_number
 from trialstore.exchange import Exchanger
 from trialstore.log import NOTHING, ConditionalLog, LeaseStore, Limited, Wanted
 from trialstore.records import AnyOperation, Verdict
@@ -133,11 +133,13 @@ def _fail_part(
         def decide(replica: Replica) -> list[AnyOperation]:
             decided.clear()
             reasons.clear()
-            for trial_id in _still_running(replica, stale):
-                if retry is not None:
-                    decided.extend(
-                        _retries(exchanger, replica, study_id, trial_id, retry, reasons)
-                    )
+            running = _still_running(replica, stale)
+            retries = (
+                _retries(exchanger, replica, study_id, running, retry, reasons) if retry else {}
+            )
+            for trial_id in running:
+                if trial_id in retries:
+                    decided.append(retries[trial_id])
                 decided.append(_failing(exchanger, trial_id))
             return decided
 
@@ -153,14 +155,8 @@ def _fail_part(
     failed = _accepted(failings, exchanger.run(failings, NOTHING)) if failings else []
     if retry is not None and failed:
         with exchanger.mutex:
-            retries = [
-                record
-                for trial_id in failed
-                for record in _retries(
-                    exchanger, exchanger.replica, study_id, trial_id, retry, reasons
-                )
-            ]
-        exchanger.run(retries, NOTHING)
+            retries = _retries(exchanger, exchanger.replica, study_id, failed, retry, reasons)
+        exchanger.run([*retries.values()], NOTHING)
         _warn_of_the_lost(exchanger, study_id, failed, reasons)
     return failed
 
@@ -178,33 +174,47 @@ def _retries(
     exchanger: Exchanger,
     replica: Replica,
     study_id: int,
-    trial_id: int,
+    trial_ids: Sequence[int],
     retry: Retry,
     reasons: dict[int, Exception],
-) -> list[r.CreateTrial]:
-    """The record that queues a trial again, unless one has: it is known by the retry history.
+) -> dict[int, r.CreateTrial]:
+    """The records that queue trials again, unless one has: it is known by the retry history.
 
     A trial whose retry can't be made, such as one with a value outside its distribution, is failed
     all the same: it would keep all others from being failed, for ever.
     """
-    trial = replica.trial(trial_id)
-    newer = itertools.takewhile(
-        lambda other: other.number > trial.number, replica.newest_first(study_id)
-    )
-    is_there = any(is_retry_of(other.system_attrs, trial.number) for other in newer)
-    if is_there:
-        return []
-    try:
-        fields = retry(trial)
-        if fields is None:
-            return []
-        record = r.CreateTrial(study_id=study_id, **fields, **exchanger.marks())
-        if isinstance(exchanger.log, Limited):
-            exchanger.log.check((record,))
-    except Exception as error:
-        reasons[trial_id] = error
-        return []
-    return [record]
+    retries: dict[int, r.CreateTrial] = {}
+    trials = [replica.trial(trial_id) for trial_id in trial_ids]
+    retried_by = _retried_by(replica, study_id, min((x.number for x in trials), default=0))
+    for trial in trials:
+        if retried_by.get(trial.number, -1) > trial.number:
+            continue
+        try:
+            fields = retry(trial)
+            if fields is None:
+                continue
+            record = r.CreateTrial(study_id=study_id, **fields, **exchanger.marks())
+            if isinstance(exchanger.log, Limited):
+                exchanger.log.check((record,))
+        except Exception as error:
+            reasons[trial._trial_id] = error
+            continue
+        retries[trial._trial_id] = record
+    return retries
+
+
+def _retried_by(replica: Replica, study_id: int, number: int) -> dict[int, int]:
+    """Numbers of trials to that of the last retry of each, of the retries after a trial.
+
+    One walk for all, since each may be over all the trials of a study.
+    """
+    newer = itertools.takewhile(lambda one: one.number > number, replica.newest_first(study_id))
+    found: dict[int, int] = {}
+    for one in newer:
+        retried = retried_number(one.system_attrs)
+        if retried is not None:
+            found.setdefault(retried, one.number)
+    return found
 
 
 def _warn_of_the_lost(

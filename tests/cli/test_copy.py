@@ -21,6 +21,7 @@ import stores
 from stores import KINDS, Cli, new_url
 import trialstore
 from trialstore import records as r
+from trialstore.stores import transfer
 from trialstore.stores.transfer import copy
 from trialstore.testing.contents import storage_contents
 
@@ -351,3 +352,19 @@ def _add_a_long_study(url: str) -> None:
         trialstore.log.NOTHING,
     )
     storage.close()
+
+
+def test_a_store_is_not_read_again_for_each_of_its_studies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_scans, scan = [], transfer._scan
+    monkeypatch.setattr(transfer, "_scan", lambda store: n_scans.append(store) or scan(store))
+    source, target = (
+        trialstore.get_storage(str(tmp_path / f"{name}.journal")) for name in ("from", "to")
+    )
+    for number in range(10):
+        study = optuna.create_study(storage=source, study_name=str(number))
+        study.add_trial(optuna.create_trial(value=float(number)))
+    copied = copy(source, target, verify=True)
+    assert [(one.n_new, one.differences) for one in copied] == [(1, [])] * 10
+    assert len(n_scans) == 5

@@ -135,3 +135,15 @@ def test_as_a_module_and_without_the_extra(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2
     assert "pip install 'trialstore[cli]'" in ran.stderr
+
+
+@pytest.mark.servers
+def test_a_database_is_the_same_one_by_its_other_name(cli: Cli, tmp_path: Path) -> None:
+    url = new_url("mariadb", tmp_path)
+    stores.fill(trialstore.get_storage(url))
+    other = url.replace("mysql+", "mariadb+", 1)
+    told, told_other = cli.json("info", url), cli.json("info", other)
+    assert told_other.pop("address") == told.pop("address").replace("mysql+", "mariadb+", 1)
+    assert told_other == told
+    figures = cli.json("bench", other, "--trials", "2", "--seconds", "0", "--optuna")
+    assert [one["name"] for one in figures] == ["trialstore", "optuna"]

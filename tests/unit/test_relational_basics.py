@@ -18,19 +18,22 @@ import os
 from pathlib import Path
 import pickle
 import sqlite3
+import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import msgspec
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.study import StudyDirection
 import pytest
 import sqlalchemy as sa
 
 from servers import new_database
 import trialstore
 from trialstore import records as r
-from trialstore.errors import LogCorruptError
+from trialstore.errors import LogCorruptError, LogUnavailableError
 from trialstore.log import NOTHING, Wanted
 from trialstore.logs.relational import TablesLog, reading, statements, tables as t
 from trialstore.rdb import RDBStorage
@@ -1175,3 +1178,38 @@ def test_only_who_writes_is_warned_that_there_is_no_mark(
         study.ask()
     assert caplog.text.count("trialstore_sessions") == 1
     storage.close()
+
+
+def test_a_certificate_that_is_not_there_is_told_of_like_a_server_that_is_not() -> None:
+    with pytest.raises(LogUnavailableError, match="No such file"):
+        TablesLog("mysql+pymysql://user@127.0.0.1:1/studies?ssl_ca=/no/such/file")
+
+
+def test_a_read_does_not_walk_over_all_studies_that_are_followed(tmp_path: Path) -> None:
+    def n_lines(n_studies: int) -> int:
+        """Run by the logs of tables to read the trials of one study more."""
+        storage = RDBStorage(f"sqlite:///{tmp_path}/{n_studies}.db")
+        for number in range(n_studies + 1):
+            study_id = storage.create_new_study([StudyDirection.MINIMIZE], str(number))
+            storage.create_new_trial(study_id)
+        reader = RDBStorage(f"sqlite:///{tmp_path}/{n_studies}.db")
+        *others, last = [study._study_id for study in reader.get_all_studies()]
+        for study_id in others:
+            reader.get_all_trials(study_id)
+        n = 0
+
+        def count(frame: FrameType, event: str, arg: object) -> Any:
+            nonlocal n
+            n += event == "line"
+            return count if "relational" in frame.f_code.co_filename else None
+
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            assert len(reader.get_all_trials(last)) == 1
+        finally:
+            sys.settrace(before)
+        return n
+
+    n_lines(1)  # statements are compiled once
+    assert n_lines(200) < 1.1 * n_lines(10)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from servers import new_database, proxied
 from trialstore import RDBStorage, RetryHeartbeatStaleTrialCallback, records as r
-from trialstore.logs.relational import TablesLog, tables as t
+from trialstore.logs.relational import TablesLog, statements, tables as t
 from trialstore.testing.follower import Follower
 
 DRIVERS = [
@@ -181,3 +181,11 @@ def test_many_stale_trials_are_failed_in_parts(kind: str, tmp_path: Path) -> Non
     states = collections.Counter(x.state.name for x in storage.get_all_trials(study_id))
     assert states == {"FAIL": count, "WAITING": count}
     storage.close()
+
+
+def test_sqlite_looks_for_stale_trials_among_the_beats_alone(tmp_path: Path) -> None:
+    log = cast(TablesLog, RDBStorage(f"sqlite:///{tmp_path}/study.db").log)
+    step = log._dialect.step(statements.expired, study_id=1, grace_s=60.0)
+    with log.engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {step.statement.sql}", step.args)
+        assert "SCAN trials" not in [row[3] for row in plan]

@@ -7,7 +7,6 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -61,14 +60,6 @@ def test_what_can_be_no_name(storage: RDBStorage, study_id: int, absent: Any) ->
     with pytest.raises(KeyError):
         storage.get_study_id_from_name(absent)
     assert storage.get_study_id_from_name("s") == study_id
-
-
-def test_an_id_of_numpy_is_that_integer(storage: RDBStorage, study_id: int) -> None:
-    trial_id = storage.create_new_trial(study_id)
-    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
-    assert storage.get_n_trials(np.int64(study_id)) == 1  # type: ignore[arg-type]
-    (trial,) = storage.get_all_trials(np.int64(study_id))  # type: ignore[arg-type]
-    assert storage.get_trial(np.int32(trial_id)).value == trial.value == 1.0  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -64,6 +64,6 @@ def _optunas(url: str) -> Callable[[], BaseStorage]:
 
         path = rest if separator else url
         return lambda: optuna.storages.JournalStorage(journal.JournalFileBackend(path))
-    if kind.partition("+")[0] in ("sqlite", "postgresql", "mysql"):
+    if kind.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mariadb"):
         return lambda: optuna.storages.get_storage(url)
     fail("Optuna's own storage is measured on journal files, SQLite, PostgreSQL and MySQL.")

@@ -130,10 +130,7 @@ def copy(
         copied.append(_copy_trials(images, one, known, writer, ids[one.study_name]))
     del scan
     if verify:
-        copied = [
-            _verified(one, result, source, target, convert)
-            for one, result in zip(studies, copied, strict=True)
-        ]
+        copied = _verified(studies, copied, source, target, convert)
     return copied
 
 
@@ -439,26 +436,45 @@ def _canonical(text: str) -> str:
 
 
 def _verified(
-    study: r.PutStudy,
-    copied: CopiedStudy,
+    studies: Sequence[r.PutStudy],
+    copied: Sequence[CopiedStudy],
     source: Store,
     target: Store,
     convert: Callable[[r.PutTrial], r.PutTrial],
-) -> CopiedStudy:
+) -> list[CopiedStudy]:
+    # Each side is read once, however many studies there are.
     scan = _scan(target)
-    name = study.study_name
-    found = next(one for one in scan.studies if one.study_name == name)
-    there = Fingerprints(scan.trials(found.study_id))
+    found = {one.study_name: one for one in scan.studies}
+    there = {
+        one.study_name: Fingerprints(scan.trials(found[one.study_name].study_id))
+        for one in studies
+    }
     del scan
+    scan = _scan(source)
+    verified = []
+    for one, result in zip(studies, copied, strict=True):
+        # As many as were copied: the source may have grown since.
+        images = itertools.islice(scan.trials(one.study_id), result.n_trials)
+        name = one.study_name
+        verified.append(_compared(one, found[name], map(convert, images), there.pop(name), result))
+    return verified
+
+
+def _compared(
+    study: r.PutStudy,
+    found: r.PutStudy,
+    images: Iterator[r.PutTrial],
+    there: Fingerprints,
+    copied: CopiedStudy,
+) -> CopiedStudy:
+    name = study.study_name
     differences = []
     for field in ("directions", "user_attrs", "system_attrs"):
         if _json(getattr(found, field)) != _json(getattr(study, field)):
             differences.append(Difference(name, -1, [field]))
     whole_seconds = 0
-    # As many as were copied: the source may have grown since.
-    images = itertools.islice(_scan(source).trials(study.study_id), copied.n_trials)
     n = 0
-    for index, image in enumerate(map(convert, images)):
+    for index, image in enumerate(images):
         n += 1
         fields, is_whole = (
             there.differences(index, image) if index < len(there) else (["all"], False)

@@ -347,7 +347,8 @@ class Connection:
             driver_error = driver_error_of(error)
             if self.fault(driver_error) is Fault.CORRUPT:
                 raise self._corrupt(driver_error) from driver_error
-            if self._is_drivers(driver_error):
+            # PyMySQL says as an OSError that a certificate is not there.
+            if self._is_drivers(driver_error) or isinstance(driver_error, OSError):
                 raise self.unavailable(driver_error) from driver_error
             raise
 
@@ -468,7 +469,11 @@ def parsed(url: str) -> sa.URL:
         ValueError: It is none. What SQLAlchemy says of it may hold a piece of a password.
     """
     try:
-        return sa.make_url(url)
+        place = sa.make_url(url)
+        # Behind the first @ of a password everything is the host, which errors name.
+        if "@" in (place.host or ""):
+            raise ValueError
+        return place
     except (sa.exc.ArgumentError, ValueError):
         raise ValueError(
             "This is no URL of a database; the forms are dialect+driver://user:password@host:port"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+import itertools
 from typing import Any, Final
 
 import msgspec
@@ -91,7 +92,10 @@ def read_cursor(cursor: Any) -> Studies:
     """The cursor as given back by a caller, who may have sent it through msgpack."""
     if cursor is None:
         return {}
-    if type(cursor) is dict and all(type(s) is StudyCursor for s in cursor.values()):
+    # There may be thousands, which are converted all or none.
+    if type(cursor) is dict and all(
+        type(s) is StudyCursor for s in itertools.islice(cursor.values(), 1)
+    ):
         return cursor
     return msgspec.convert(cursor, Studies, strict=False)
 

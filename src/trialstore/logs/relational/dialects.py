@@ -64,6 +64,8 @@ class Dialect:
     """Whether each step of a message is answered in its place, not all after COMMIT."""
     keeps_marks = True
     ids_reused = False
+    counts_rows = True
+    """Whether the database knows by itself which of two tables is the small one."""
     begin_write = plain("BEGIN")
     begin_read: Step | None = None
     """None where each statement may be a transaction of its own."""
@@ -71,6 +73,8 @@ class Dialect:
     others_wrote: Step | None = None
     """Asks for a number that stays the same until another connection commits something; None
     where the database does not tell."""
+    size_query = ""
+    """Asks for the bytes that the database takes on its disk."""
     integer_max = 2**31 - 1
     nul_in_text = True
     name_len_max: int | None = t.NAME_LEN_MAX
@@ -277,7 +281,8 @@ def _code_table(*rows: tuple[Fault, str]) -> dict[str, Fault]:
 
 def shown_url(url: sa.URL) -> str:
     """A URL as anybody may see it: without passwords, of which its query can hold some too."""
-    return url.difference_update_query(filter(_is_secret, url.query)).render_as_string()
+    # A list, since SQLAlchemy 2.0 walks over the names twice.
+    return url.difference_update_query(list(filter(_is_secret, url.query))).render_as_string()
 
 
 def passwords(url: sa.URL, connect_args: Mapping[str, Any]) -> list[str]:
@@ -358,11 +363,13 @@ class SQLite(Dialect):
     """The driver of the standard library; no server, hence no round trips and no lost answers."""
 
     name = "sqlite"
+    size_query = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     session_type = QueueingSession
     paramstyle = "qmark"
     one_message = False
     keeps_marks = False
     ids_reused = True
+    counts_rows = False
     # IMMEDIATE takes the write lock before reading: a read transaction that wants to write later
     # fails at once, whatever the timeout, if somebody wrote in between.
     begin_write = plain("BEGIN IMMEDIATE")
@@ -456,6 +463,7 @@ class PostgreSQL(Dialect):
     """What both drivers share. Parameters get types, because a SELECT list infers none."""
 
     name = "postgresql"
+    size_query = "SELECT pg_database_size(current_database())"
     paramstyle = "numeric_dollar"
     nul_in_text = False
     # Whatever the server, the database or the user begins with otherwise: by the snapshot of a
@@ -666,6 +674,10 @@ class MultiStatementSession(Session):
 
 class MySQL(Dialect):
     name = "mysql"
+    size_query = (
+        "SELECT sum(data_length + index_length) FROM information_schema.tables "
+        "WHERE table_schema = database()"
+    )
     begin_write = plain("START TRANSACTION")
     session_type = MultiStatementSession
     # Set later it costs two round trips.

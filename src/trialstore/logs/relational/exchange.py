@@ -654,7 +654,7 @@ class Exchange:
                 ids.add(study_id)
             elif (trial_id := getattr(record, "trial_id", None)) is not None:
                 trials.add(trial_id)
-        for study_id, study in self.before.items():
+        for study_id, study in self.before.items() if trials else ():
             if (study.held or study.waiting) and any(study.holds(one) for one in trials):
                 ids.add(study_id)
         return sorted(ids & self.before.keys())

@@ -207,7 +207,8 @@ class TablesLog:
 
     def best_trial_id(self, study_id: int, maximize: bool) -> int | None:
         """See ``Catalogue``."""
-        rows = self._ask(self._dialect.step(s.best_trial, maximize, study_id=study_id))[0]
+        known_id = possible_id(self._dialect, study_id)
+        rows = self._ask(self._dialect.step(s.best_trial, maximize, study_id=known_id))[0]
         return rows[0][0] if rows else None
 
     def summaries(self, study_id: int | None = None) -> dict[int, Summary]:
@@ -288,7 +289,7 @@ class TablesLog:
             "address": shown_url(url),
             "schema_version": version,
             "schema_version_expected": head,
-            "size_bytes": database_bytes(self.engine),
+            "size_bytes": database_bytes(self.engine, self._dialect),
         }
         if version == head:  # older ones may lack the table
             n, newest = self._ask(self._dialect.step(s.beats))[0][0]

@@ -197,8 +197,7 @@ class Reading:
         if self._round == 2 and self._queued:
             self._plan_queued(steps)
         self._plan_further(steps)
-        unknown = {x.study_id for x in self._put_trials.values()} - set(self._after)
-        unknown -= self._asked
+        unknown = {x.study_id for x in self._put_trials.values()}
         missing = set(self._wanted.trials) - set(self._put_trials)
         found = {(x.study_id, x.number) for x in self._put_trials.values()}
         unanswered = {one for one, _ in self._wanted.numbers - found}
@@ -211,7 +210,9 @@ class Reading:
         doubtful |= {
             one for one, rows in self._watched.items() if (None, None) in map(tuple, rows)
         }
-        ask = (unknown | (doubtful & set(self._after))) - self._asked
+        ask = {one for one in unknown if one not in self._after}
+        ask |= {one for one in doubtful if one in self._after}
+        ask -= self._asked
         self._plan_studies(steps, ask, frozenset(), False)
         return steps
 
@@ -409,9 +410,15 @@ class Reading:
         self, rows: Rows, ids: set[int], names: set[str] | frozenset[str], everything: bool
     ) -> None:
         found = self._decoder.studies(rows)
-        for study_id, followed in list(self._after.items()):
-            asked = everything or study_id in ids or followed.name in names
-            if asked and study_id not in found:
+        asked: Iterable[int] = ids
+        if everything or names:
+            asked = [
+                study_id
+                for study_id, followed in self._after.items()
+                if everything or study_id in ids or followed.name in names
+            ]
+        for study_id in asked:
+            if study_id not in found:
                 self.forget(study_id)
         for study_id, row in sorted(found.items()):
             known = self._after.get(study_id)

@@ -326,14 +326,8 @@ def _missing_at(known: Any) -> list[sa.Table]:
     return list(t.OPTUNA_TABLES) if _version_of(known) == t.HEAD_VERSION else [t.alembic_version]
 
 
-def database_bytes(engine: Engine) -> int | None:
+def database_bytes(engine: Engine, dialect: Dialect) -> int | None:
     """What the database takes on its disk; None where nobody tells."""
-    asked = {
-        "sqlite": "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size",
-        "postgresql": "SELECT pg_database_size(current_database())",
-        "mysql": "SELECT sum(data_length + index_length) FROM information_schema.tables "
-        "WHERE table_schema = database()",
-    }
     with engine.connect() as connection:
-        size = connection.exec_driver_sql(asked[engine.url.get_backend_name()]).scalar()
+        size = connection.exec_driver_sql(dialect.size_query).scalar()
     return None if size is None else int(size)
