@@ -93,9 +93,9 @@ class Exchanger:
         self.log = log
         self.replica = Replica()
         # How often all that the replica held was given up, which concerns who has exchanged and
-        # is not answered yet; and since then, when it was asked about what.
+        # is not answered yet.
         self.n_anew = 0
-        self.read_at_s: dict[Wanted, float] = {}
+        self.forget_reads()
         self._linger_s = linger_s
         self._clock = clock
         self._cursor: Cursor = START
@@ -125,6 +125,11 @@ class Exchanger:
         self._linger_thread: threading.Thread | None = None
         self._rejected: dict[int, list[str]] = {}
         self.n_exchanges = 0
+
+    def forget_reads(self) -> None:
+        """Serve nothing that was read before; nor what is being read, whose reader has the old
+        table."""
+        self.read_at_s: dict[Wanted, float] = {}  # when the log was asked about what
 
     # --- sequence and outbox ---------------------------------------------------------------------
 
@@ -168,7 +173,7 @@ class Exchanger:
     def has_deferred(self) -> bool:
         """Whether a deferred record may be waiting or be on the wire."""
         with self.mutex:
-            return bool(self._outbox) or self._leader is not None
+            return bool(self._outbox or self._sending)
 
     def _linger(self) -> None:
         """Exchange what has waited for the linger; ends when nothing has for some lingers.
@@ -597,7 +602,7 @@ class Exchanger:
     def _begin_anew(self) -> None:
         self.replica, self._cursor, self._saver = Replica(), START, None
         self.n_anew += 1
-        self.read_at_s.clear()
+        self.forget_reads()
 
     def _note_taken(self, sent: Sequence[AnyOperation], outcomes: Sequence[Outcome]) -> None:
         """What the log holds is not sent again, nor any more put off."""

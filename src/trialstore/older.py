@@ -177,7 +177,7 @@ class OlderMethods(Storage):
                 ),
                 r.Outcome(verdict),
             )
-        self._exchanger.read_at_s.clear()
+        self._exchanger.forget_reads()
 
     def get_study_id_from_trial_id(self, trial_id: int) -> int:
         """The study that a trial belongs to. Raises KeyError if there is no such trial."""

@@ -278,12 +278,13 @@ class Storage(BaseStorage, BaseHeartbeat):
         with exchanger.mutex:
             if self._is_recent(wanted):
                 return answer(exchanger.replica)
+            read_at_s = exchanger.read_at_s
         began_s = self._clock.now_s()
 
         def note_and_answer(replica: Replica) -> _T:
-            if len(exchanger.read_at_s) >= _READ_AT_MAX:
-                exchanger.read_at_s.clear()
-            exchanger.read_at_s[wanted] = began_s
+            if len(read_at_s) >= _READ_AT_MAX:
+                read_at_s.clear()
+            read_at_s[wanted] = began_s
             return answer(replica)
 
         return self._ask(wanted, note_and_answer)
@@ -335,8 +336,14 @@ class Storage(BaseStorage, BaseHeartbeat):
         outcome = self._judge(record)
         if outcome is not ACCEPTED:
             return outcome
-        self._exchanger.read_at_s.clear()
-        return self._exchanger.run((record,), NOTHING)[0]
+        return self._run_write((record,), NOTHING)[0]
+
+    def _run_write(self, records: Sequence[r.AnyOperation], wanted: Wanted) -> list[Outcome]:
+        try:
+            return self._exchanger.run(records, wanted)
+        finally:
+            # After it: what others have read meanwhile may be without it.
+            self._exchanger.forget_reads()
 
     def write_if(
         self, decide: Callable[[Replica], Sequence[r.AnyOperation]], wanted: Wanted
@@ -358,8 +365,10 @@ class Storage(BaseStorage, BaseHeartbeat):
                 self._limits.check(records)
             return records
 
-        self._exchanger.read_at_s.clear()
-        return self._exchanger.run_if(decide_and_check, wanted)
+        try:
+            return self._exchanger.run_if(decide_and_check, wanted)
+        finally:
+            self._exchanger.forget_reads()
 
     def marks(self) -> dict[str, Any]:
         """What a record of this storage carries, once each."""
@@ -381,7 +390,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             put_off = outcome is ACCEPTED and self._may_put_off(record)
             if put_off:
                 self._fresh.pop(trial_id, None)
-                self._exchanger.read_at_s.clear()
+                exchanger.forget_reads()
                 outbox_is_full = exchanger.defer(record)
         if put_off:
             if outbox_is_full:
@@ -391,8 +400,7 @@ class Storage(BaseStorage, BaseHeartbeat):
             outcome = self._judge_again(record)
         if outcome is ACCEPTED:
             self._fresh.pop(trial_id, None)
-            self._exchanger.read_at_s.clear()
-            outcome = exchanger.run((record,), self._first_use(record))[0]
+            outcome = self._run_write((record,), self._first_use(record))[0]
         if outcome.verdict is not Verdict.ACCEPTED:
             raise self._refusal(record, outcome)
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+from pathlib import Path
 import pickle
 import threading
 from typing import Any, cast
@@ -26,6 +27,7 @@ from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.in_memory import InMemoryStorage
 from trialstore.log import Batch, Cursor, Decide, Wanted
 from trialstore.logs.memory import MemoryLog
+from trialstore.logs.relational.log import TablesLog
 from trialstore.records import AnyOperation, CreateTrial, Outcome, Verdict
 from trialstore.scan import Scan
 from trialstore.storage import Storage
@@ -638,6 +640,55 @@ def test_a_stale_reader_sees_its_own_writes_also_those_on_the_wire(
     flusher.join(_DEADLINE_S)
     reader.join(_DEADLINE_S)
     assert seen == [{"k": 2}]
+
+
+def test_a_stale_reader_sees_its_own_writes_though_another_thread_read_before_them(
+    tmp_path: Path,
+) -> None:
+    """On tables, whose news are only what was wanted."""
+    url = f"sqlite:///{tmp_path}/tables.db"
+    tap = _Tap(cast(Any, TablesLog(url)))
+    storage, other = _stale_reader(tap, ManualClock()), Storage(TablesLog(url))
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    other.set_study_user_attr(study_id, "others", 1)  # so that storage reads back what it writes
+    read, go_on = threading.Event(), threading.Event()
+
+    def wait(records: Sequence[AnyOperation]) -> None:
+        tap.after = lambda records: None
+        read.set()
+        assert go_on.wait(_DEADLINE_S)
+
+    tap.after = wait
+    reader = threading.Thread(target=storage.get_study_user_attrs, args=(study_id,))
+    reader.start()
+    assert read.wait(_DEADLINE_S)
+    writer = threading.Thread(target=storage.set_study_user_attr, args=(study_id, "k", 1))
+    writer.start()
+    while not storage._exchanger._gathered and writer.is_alive():
+        pass
+    go_on.set()
+    reader.join(_DEADLINE_S)
+    writer.join(_DEADLINE_S)
+    assert storage.get_study_user_attrs(study_id) == {"others": 1, "k": 1}
+    storage.close()
+    other.close()
+
+
+def test_a_flush_of_nothing_waits_for_nobody(storage: Storage, study_id: int) -> None:
+    """Whoever has the log may have it for long: a beat, when the log is away."""
+    has_it, go_on = threading.Event(), threading.Event()
+
+    def use(log: object) -> None:
+        has_it.set()
+        go_on.wait(1.0)
+
+    user = threading.Thread(target=storage._exchanger.use_log, args=(use,))
+    user.start()
+    assert has_it.wait(_DEADLINE_S)
+    storage.flush()
+    assert user.is_alive()
+    go_on.set()
+    user.join(_DEADLINE_S)
 
 
 def test_an_interrupt_at_any_moment_leaves_the_lead_to_others(

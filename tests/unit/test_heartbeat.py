@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
 import itertools
@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 import pytest
 
-from ageing import age_beats
+from ageing import age_beats, age_leases
 from backends import ListBackend
 from interrupts import is_interrupted_at
 import trialstore
@@ -27,6 +27,7 @@ from trialstore import heartbeat
 from trialstore.callbacks import HAS_NEW_NAMES
 from trialstore.errors import LogUnavailableError
 from trialstore.journal import JournalFileBackend, JournalStorage
+from trialstore.replica import Replica
 from trialstore.testing.clock import ManualClock
 from trialstore.testing.suites.base import count_exchanges, run_threads, wait_until
 
@@ -37,6 +38,7 @@ storage = trialstore.JournalStorage(backend, heartbeat_interval=60)
 trial_id = storage.create_new_trial(storage.get_study_id_from_name("study"))
 """
 _TELL = "storage.set_trial_state_values(trial_id, optuna.trial.TrialState.FAIL)"
+_RETRY = trialstore.RetryFailedTrialCallback()
 _EXIT = """
 import signal, os
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -300,6 +302,28 @@ def test_a_backend_that_keeps_leases_has_heartbeats() -> None:
     assert states == ["FAIL", "WAITING"]
     worker.close()
     assert backend.beats == {}
+
+
+def test_the_trials_of_a_dead_crowd_are_not_each_looked_for_among_the_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_trials, walks = 300, []
+    newest_first = Replica.newest_first
+
+    def counted(replica: Replica, study_id: int) -> Iterator[Any]:
+        walks.append(study_id)
+        return newest_first(replica, study_id)
+
+    monkeypatch.setattr(Replica, "newest_first", counted)
+    worker = _open(path)
+    lost = [worker.create_new_trial(0) for _ in range(n_trials)]
+    age_leases(worker, 1000.0)
+    reaper = _open(path, heartbeat_stale_trial_callback=_RETRY)
+    assert reaper.fail_stale_trials() == lost
+    retries = reaper.get_all_trials(0, states=(TrialState.WAITING,))
+    retried = [trial.system_attrs["retry_history"] for trial in retries]
+    assert retried == [[number] for number in range(n_trials)]
+    assert len(walks) == 2, "one for each append"
 
 
 def test_a_backend_of_two_methods_says_what_it_lacks() -> None:
