@@ -42,7 +42,7 @@ def text(value: Any, what: str) -> str:
         return value
     if not isinstance(value, str):
         raise TypeError(f"{what} must be a str, not {type(value).__name__}: {value!r}.")
-    return str(value)
+    return str.__str__(value)  # an enum's own says the name of its member
 
 
 def number(value: Any, what: str) -> None:
@@ -255,8 +255,9 @@ def template_fields(
             f"The template has parameters {list(template.params)} and distributions "
             f"{list(template.distributions)}; they must have the same names."
         )
-    for name, external in template.params.items():
-        distribution = template.distributions[text(name, "A parameter name")]
+    for key, external in template.params.items():
+        name = text(key, "A parameter name")
+        distribution = template.distributions[name]
         distributions[name] = distribution_text(distribution, name, any_choices=any_choices)
         internal = distribution.to_internal_repr(external)
         params[name] = internal_value(internal, distribution, name)

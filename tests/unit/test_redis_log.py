@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import enum
 import json
 import logging
 import os
@@ -225,6 +226,12 @@ def test_optuna_reads_what_we_write_and_we_what_it_writes(standalone: _Where) ->
         theirs.optimize(_objective, n_trials=5)
     assert [trial.number for trial in ours.trials] == list(range(30))
     assert storage_contents(ours._storage) == storage_contents(theirs._storage)
+
+
+def test_a_prefix_that_is_of_an_enum_is_its_text(standalone: _Where) -> None:
+    prefix = enum.Enum("Prefix", {"TUNING": standalone.prefix}, type=str)["TUNING"]
+    RedisLog(standalone.url, prefix=prefix).exchange([_study("a", 0)], START, NOTHING)
+    assert standalone.line(0)["study_name"] == "a"
 
 
 def test_our_log_inside_optunas_journal_storage(where: _Where) -> None:

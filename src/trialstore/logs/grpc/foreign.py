@@ -10,6 +10,7 @@ Source: Optuna ``BaseStorage``; docs/formats/grpc.md, "Foreign storages".
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+import operator
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -145,7 +146,7 @@ class StorageLog:
         reading = _Reading(self._methods, self._constants, known)
         reading.read(_more_wanted(records, outcomes, wanted))
         after = _Cursor(self._epoch, tuple(reading.known.values()))
-        return Batch(outcomes, reading.news, msgspec.to_builtins(after))
+        return Batch(outcomes, reading.news, msgspec.to_builtins(after, enc_hook=operator.index))
 
     def close(self) -> None:
         """Nothing is open here."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import json
+import operator
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -23,7 +24,14 @@ _T = TypeVar("_T")
 
 _ARRAY: Final = b"M\xdd"  # msgpack's array with a length of 4 bytes, so that lengths can be added
 
+
+def _plain(value: Any) -> str | int:
+    """What numpy's text or integer, as a caller may have it of a name or an id, is equal to."""
+    return str.__str__(value) if isinstance(value, str) else operator.index(value)
+
+
 _encoder: Final = msgspec.msgpack.Encoder()
+_wanted_encoder: Final = msgspec.msgpack.Encoder(enc_hook=_plain)
 _operations_decoder: Final = msgspec.msgpack.Decoder(list[AnyOperation])
 _records_decoder: Final = msgspec.msgpack.Decoder(list[Record])
 _wanted_decoder: Final = msgspec.msgpack.Decoder(Wanted)
@@ -132,7 +140,7 @@ def pack_wanted(wanted: Wanted) -> bytes:
         if (value := getattr(wanted, name)) not in (False, frozenset())
     }
     try:
-        return b"M" + _encoder.encode(fields)
+        return b"M" + _wanted_encoder.encode(fields)
     except (UnicodeEncodeError, OverflowError):
         return _json({k: v if v is True else list(v) for k, v in fields.items()})
 

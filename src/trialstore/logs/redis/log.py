@@ -113,7 +113,7 @@ class RedisLog(BaseJournalBackend):
         check_url(url)
         self._url = url
         self._use_cluster = use_cluster
-        self._prefix = prefix
+        self._prefix = str.__str__(prefix)  # in a key, an enum's member would show its own name
         self._durability = durability
         self._password = password
         self._clock = clock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState, create_trial
@@ -43,6 +44,25 @@ class ReadSuite(SuiteBase):
         storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
         storage.get_all_trials(study_id)
         assert [trial_contents(trial) for trial in reads] == before
+
+    def test_an_id_or_a_name_of_numpy_is_what_it_is_equal_to(
+        self, storage: Storage, opened: OpenStorage, study_id: int, capabilities: Capabilities
+    ) -> None:
+        trial_id = storage.create_new_trial(study_id)
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        study: Any = np.int64(study_id)
+        trial: Any = np.int32(trial_id)
+        for read, expected in (
+            (lambda s: s.get_study_id_from_name(np.str_("study")), study_id),
+            (lambda s: s.get_study_name_from_id(study), "study"),
+            (lambda s: s.get_n_trials(study), 1),
+            (lambda s: len(s.get_all_trials(study)), 1),
+            (lambda s: s.get_best_trial(study).value, 1.0),
+            (lambda s: s.get_trial(trial).value, 1.0),
+            (lambda s: s.get_trial_id_from_study_id_trial_number(study, np.int64(0)), trial_id),
+        ):
+            # One that knows nothing yet, so that its log is asked.
+            assert read(opened() if capabilities.shared else storage) == expected
 
     @pytest.mark.parametrize("finished", [False, True])
     def test_editing_what_was_read_does_not_reach_the_storage(

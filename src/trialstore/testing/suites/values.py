@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+import enum
 import math
 
 from optuna.distributions import (
@@ -12,7 +13,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 import pytest
 
 from trialstore.storage import Storage
@@ -39,6 +40,14 @@ _PARAMS: dict[str, tuple[BaseDistribution, object]] = {
     "no choice": (CategoricalDistribution([None]), None),
     "name with 'quotes\" % {} \n 日本": (UNIT, 0.5),
 }
+
+
+class _Name(str, enum.Enum):
+    """Its own ``str`` says ``_Name.STUDY``; every other storage keeps what it is equal to."""
+
+    STUDY = "a study"
+    PARAM = "a param"
+    ATTRIBUTE = "an attribute"
 
 
 class ValueSuite(SuiteBase):
@@ -131,6 +140,25 @@ class ValueSuite(SuiteBase):
         if capabilities.keeps_order:
             assert list(trial.params) == list(_PARAMS)
         assert trial.distributions == {name: known for name, (known, _) in _PARAMS.items()}
+
+    def test_a_name_that_is_of_an_enum_is_its_text(self, storage: Storage, other: Storage) -> None:
+        study_id = storage.create_new_study([MINIMIZE], _Name.STUDY)
+        assert storage.get_study_id_from_name(_Name.STUDY) == study_id
+        trial_id = storage.create_new_trial(study_id)
+        storage.set_trial_param(trial_id, _Name.PARAM, 0.5, UNIT)
+        storage.set_trial_user_attr(trial_id, _Name.ATTRIBUTE, 1)
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        template = create_trial(
+            value=1.0,
+            params={_Name.PARAM: 0.5},
+            distributions={_Name.PARAM: UNIT},
+            user_attrs={_Name.ATTRIBUTE: 1},
+        )
+        storage.create_new_trial(study_id, template)
+        assert other.get_study_id_from_name("a study") == study_id
+        assert other.get_study_name_from_id(study_id) == "a study"
+        for trial in other.get_all_trials(study_id):
+            assert (trial.params, trial.user_attrs) == ({"a param": 0.5}, {"an attribute": 1})
 
     @pytest.mark.parametrize("state", list(TrialState))
     def test_a_template_comes_back_as_it_was(
