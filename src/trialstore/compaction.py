@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, Protocol
 from trialstore import records as r
 from trialstore.errors import CompactionRefusedError
 from trialstore.log import NOTHING, CompactableLog, Compaction, Log, Marks, TrimmableLog
+from trialstore.logs.head import WORKER_ID
 from trialstore.records import AnyOperation, Outcome, Verdict
 from trialstore.snapshot import dump, restore_base
 
@@ -32,7 +33,8 @@ _WORKERS_MAX: Final = 1000
 
 
 class Compacted(NamedTuple):
-    """How many records a journal had when it was read, and how many stand for them now."""
+    """How many records a journal had when it was read, and how many stand for them now; a head is
+    none of them."""
 
     n_records: int
     n_kept: int
@@ -69,7 +71,7 @@ def compact(log: _CompactableLog, *, force: bool = False) -> Compacted:
 
     def make() -> Compaction:
         reading = _read(log, force=force)
-        counts[0] = reading.n_records
+        counts[0] = reading.n_records - reading.has_head
         return Compaction(_counted(reading.image(), counts), reading.cursor, reading.marks())
 
     log.compact(make)
@@ -98,7 +100,7 @@ def trim(log: _TrimmableLog, *, force: bool = False) -> Compacted:
 
     def make() -> Compaction:
         reading = _read(log, force=force)
-        counts[0] = reading.n_records
+        counts[0] = reading.n_records - reading.has_head
         snapshot = dump(reading.replica, reading.cursor, reading.n_records)
         return Compaction([snapshot], reading.cursor, reading.marks())
 
@@ -132,6 +134,7 @@ class _Reading:
     def __init__(self, log: _CompactableLog) -> None:
         (self.replica, self.cursor, self.n_records), marks = restore_base(log)
         self.plain_worker = ""
+        self.has_head = False
         self._workers = {worker_id: _Seen(known) for worker_id, known in marks.items()}
         self._n_noted = 0
         # Of each RUNNING trial, the record that created or claimed it.
@@ -155,6 +158,7 @@ class _Reading:
             else:
                 self._started_by.pop(record.trial_id, None)
         self._n_noted += 1
+        self.has_head |= record.worker_id == WORKER_ID
         if record.seq >= 0:
             worker = self._workers.get(record.worker_id)
             if worker is None:

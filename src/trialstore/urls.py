@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from optuna.storages import BaseStorage
 
 from trialstore.errors import LogCorruptError, LogUnavailableError
 from trialstore.log import Log
+
+if TYPE_CHECKING:
+    from trialstore.storage import Storage
 
 _REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "sentinel")
 _TABLES = ("sqlite", "postgresql", "mysql", "mariadb")
@@ -24,6 +27,10 @@ _SCHEMES = (
 )
 
 
+@overload
+def get_storage(storage: str | os.PathLike[str] | None, **options: Any) -> Storage: ...
+@overload
+def get_storage(storage: BaseStorage) -> BaseStorage: ...
 def get_storage(
     storage: str | os.PathLike[str] | BaseStorage | None, **options: Any
 ) -> BaseStorage:
@@ -100,9 +107,7 @@ def open_log(url: str, *, create: bool = False, any_version: bool = False, **opt
     if scheme in _REDIS:
         backend: Log = _redis_backend(url, options)
         return backend
-    storage: Any = get_storage(url, **options)
-    log: Log = storage.log
-    return log
+    return get_storage(url, **options).log
 
 
 def must_exist(url: str) -> None:
@@ -168,7 +173,7 @@ def _journal_path(url: str) -> str:
     return path
 
 
-def _journal_file(url: str, options: dict[str, Any]) -> BaseStorage:
+def _journal_file(url: str, options: dict[str, Any]) -> Storage:
     from trialstore.journal import JournalFileBackend, JournalStorage
 
     path = _journal_path(url)
@@ -177,7 +182,7 @@ def _journal_file(url: str, options: dict[str, Any]) -> BaseStorage:
     return JournalStorage(backend, **{n: v for n, v in options.items() if n not in of_backend})
 
 
-def _journal_in_redis(url: str, options: dict[str, Any]) -> BaseStorage:
+def _journal_in_redis(url: str, options: dict[str, Any]) -> Storage:
     from trialstore.journal import JournalStorage
 
     of_backend = ("use_cluster", "prefix", "durability", "password_file", "password_env")
@@ -203,7 +208,7 @@ def _redis_backend(url: str, options: dict[str, Any]) -> Any:
     return JournalRedisBackend(address + (mark + urlencode(rest) if rest else ""), **options)
 
 
-def _grpc_proxy(url: str, tls: bool, options: dict[str, Any]) -> BaseStorage:
+def _grpc_proxy(url: str, tls: bool, options: dict[str, Any]) -> Storage:
     from trialstore.grpc import GrpcStorageProxy
 
     parts = urlsplit(url)

@@ -158,6 +158,7 @@ def test_a_storage_names_itself_and_nothing_a_new_one_in_memory() -> None:
         ("journal://there.db", "its URL is sqlite:///there.db"),
         ("sqlite://a.db", "sqlite:///relative/path"),
         ("postgresql+psycopg://u:pass@h:s3cret/x", "percent-encoded"),
+        ("postgresql+psycopg://u:pass@s3cret@h/x", "percent-encoded"),
         ("grpc://h:port", "is grpc://host:port"),
         ("grpc://s3cret@h", "TRIALSTORE_GRPC_TOKEN"),
         ("grpc://h/study", "nothing else"),

@@ -9,8 +9,7 @@ import typer
 from trialstore.cli.output import Exit, Json, Url, command, fail, print_json, stdout
 from trialstore.cli.stores import existing_log
 from trialstore.compaction import compact as compact_log, trim as trim_log
-from trialstore.logs.file import FileLog
-from trialstore.logs.redis import RedisLog
+from trialstore.log import CompactableLog, TrimmableLog
 
 Force = Annotated[
     bool,
@@ -28,13 +27,13 @@ def compact(
 ) -> Exit | None:
     """Let a journal say the same in fewer records; workers of trialstore go on meanwhile."""
     with existing_log(url) as log:
+        if not isinstance(log, CompactableLog):
+            fail("Only journals can be compacted.")
         if trim:
-            if not isinstance(log, RedisLog):
+            if not isinstance(log, TrimmableLog):
                 fail("Only a journal in Redis can be trimmed.")
             done = trim_log(log, force=force)
         else:
-            if not isinstance(log, RedisLog | FileLog):
-                fail("Only journals can be compacted.")
             done = compact_log(log, force=force)
     if as_json:
         print_json({"n_records": done.n_records, "n_kept": done.n_kept})

@@ -36,7 +36,6 @@ def existing_storage(url: str, *, create: bool = False) -> Iterator[Storage]:
     if not create:
         _must_have_tables(url)
     storage = get_storage(url)
-    assert isinstance(storage, Storage)
     try:
         yield storage
     finally:

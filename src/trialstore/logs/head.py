@@ -16,8 +16,8 @@ import msgspec
 from trialstore.log import Marks
 from trialstore.records import checksum_matches
 
-_WORKER_ID: Final = "trialstore-compaction"
-_START: Final = b'{"op_code":1,"study_id":-1,"worker_id":"%s",' % _WORKER_ID.encode()
+WORKER_ID: Final = "trialstore-compaction"
+_START: Final = b'{"op_code":1,"study_id":-1,"worker_id":"%s",' % WORKER_ID.encode()
 
 
 class Head(msgspec.Struct, frozen=True):
