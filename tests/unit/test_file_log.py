@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from ownership import GROUP, OWNER, as_root, may_not_chown
 import trialstore
 from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, START, SnapshotStore
-from trialstore.logs.file import FileLog, journal_file, system
+from trialstore.logs.file import FileLog, filelock, journal_file, system
 from trialstore.logs.file.lines import glued_at
 from trialstore.logs.file.position import MARK_BYTES
 from trialstore.records import (
@@ -321,6 +322,21 @@ def test_sync_after_the_release_on_a_local_file_system_and_before_it_elsewhere(
     batch = log.exchange([trial(1)], cursor, NOTHING)
     assert events == ["acquire", *(["release", "sync"] if local else ["sync", "release"])]
     assert FileLog(str(path)).exchange([], cursor, NOTHING) == batch
+
+
+def test_a_network_drive_of_macos_is_synced_as_it_can_be(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, command: int) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    synced = []
+    monkeypatch.setattr(system.sys, "platform", "darwin")
+    monkeypatch.setattr(system.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(system.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    FileLog(str(path)).exchange([study()], START, NOTHING)
+    assert synced
 
 
 # --- torn tails and glued records ----------------------------------------------------------------
@@ -933,6 +949,20 @@ def test_a_journals_group_has_what_is_beside_it(path: Path) -> None:
     log.exchange([study()], START, NOTHING)
     for beside in (f"{path}.lock.queue", f"{path}.beats", f"{path}.beats/w.beat"):
         assert Path(beside).stat().st_gid == GROUP
+
+
+def test_a_platform_without_modes_and_flock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows; Python has ``os.fchmod`` there since 3.13."""
+    for module in (filelock, system):
+        monkeypatch.setattr(module, "fcntl", None)
+    for name in ("fchown", "fchmod", "fdatasync", "pread", "pwrite"):
+        monkeypatch.delattr(os, name, raising=False)
+    log = FileLog(str(path))
+    log.take_lease("w")
+    cursor = log.exchange([study(), trial(1)], START, NOTHING).cursor
+    assert log.save_snapshot(lambda: (b"contents", cursor))
+    assert FileLog(str(path)).load_snapshot() == (b"contents", cursor)
+    assert len(FileLog(str(path)).exchange([], START, NOTHING).news) == 2
 
 
 # --- the snapshot beside it ----------------------------------------------------------------------

@@ -43,6 +43,8 @@ def share_like(fd: int, path: str) -> bool:
 def share_beside(fd: int, path: str) -> None:
     """Let those use the file or folder just made who may open the one at ``path``, whatever our
     umask is; nothing that is secret may be in it."""
+    if not hasattr(os, "fchown"):
+        return  # Windows: the folder decides
     with contextlib.suppress(OSError):  # it is another's, or there is nothing at the path
         if not share_like(fd, path):
             os.fchmod(fd, 0o644)

@@ -26,7 +26,12 @@ BINARY: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 def sync_fd(fd: int) -> None:
     """Every sync of this package; returns when the bytes written to ``fd`` survive power loss."""
     if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            os.fsync(fd)  # of a network drive
     elif hasattr(os, "fdatasync"):
         os.fdatasync(fd)  # leaves out the times only; the size of the file is data
     else:
