@@ -69,6 +69,7 @@ def test_the_example_runs_a_study_behind_a_proxy_until_it_is_interrupted() -> No
     )
     try:
         assert len(fetch(port, "/api/studies/0?after=0")["trials"]) == 60
+        _wait_until_idle(port)
         process.send_signal(signal.SIGINT)
         process.wait(_DEADLINE_S)
     finally:
@@ -76,3 +77,11 @@ def test_the_example_runs_a_study_behind_a_proxy_until_it_is_interrupted() -> No
         process.wait()
     with socket.socket() as probe:  # the server behind the proxy is gone as well
         assert probe.connect_ex(("127.0.0.1", proxy_port)) != 0
+
+
+def _wait_until_idle(port: int) -> None:
+    """An interrupt while it answers is swallowed by wsgiref; it answers one after the other."""
+    with socket.create_connection(("127.0.0.1", port), _DEADLINE_S) as asked:
+        asked.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+        while asked.recv(4_096):
+            pass
