@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection
 import os
 from pathlib import Path
 import queue
-import random
 import signal
 import socket
 import sys
@@ -205,16 +204,6 @@ def _run_server(url: str, path: list[str], options: dict[str, Any], dies_by: Pat
     trialstore_grpc.run_grpc_proxy_server(open_served(url), **options)
 
 
-def _own_port() -> int:
-    """A port that nobody is given while the server on it is down: not one of the ephemeral ones,
-    which outgoing connections and other tests' servers get."""
-    while True:
-        port = random.randrange(16_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 class KillableServer:
     """A server process on one port.
 
@@ -227,7 +216,7 @@ class KillableServer:
     def __init__(self, url: str, *, dies_by: Path | None = None, **options: Any) -> None:
         self.url = url
         self._dies_by = dies_by
-        self.port = options.setdefault("port", _own_port())
+        self.port = options.setdefault("port", free_port())
         self.options = options
         self.process: Any = None
         self.start()

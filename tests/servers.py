@@ -14,6 +14,7 @@ import functools
 import os
 from pathlib import Path
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ import sqlalchemy as sa
 from trialstore.testing.proxy import CountingProxy
 
 _READY_S = 180.0
+_dice = random.SystemRandom()  # a test that seeds the other would have two processes agree
 
 SECRETIVE = "secretive"
 """Name of a database user that gets in by password only; see ``let_in``."""
@@ -58,10 +60,13 @@ def find_binary(*names: str) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody is given before a server listens on it, nor while that one is down: not
+    one of the ephemeral ones, which outgoing connections and other tests' servers get."""
+    while True:
+        port = _dice.randrange(16_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def die_with_parent() -> None:

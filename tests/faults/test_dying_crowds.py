@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 import contextlib
+from ctypes import c_bool
 from datetime import datetime, timedelta
 import multiprocessing
 import os
@@ -145,7 +146,7 @@ def _work(open_storage: OpenStorage, number: int, stop: Any, grace_s: int = _GRA
             time.time = lambda: real_time() + ahead.total_seconds()
         storage.grace_period = grace_s
         study = _load(storage)
-        while not stop.is_set():
+        while not stop.value:  # an event has a lock, which a killed worker would keep
             if number % 2:
                 study.optimize(_objective, n_trials=2)
             else:
@@ -163,7 +164,7 @@ def test_what_killed_workers_ran_is_retried_once(
     open_storage: OpenStorage, storage: Storage, many: Callable[[int, int], int]
 ) -> None:
     n_workers, rng = many(6, 20), random.Random(1)
-    stop = _fork.Event()
+    stop = _fork.RawValue(c_bool)
     workers = [_start(_work, open_storage, number, stop) for number in range(n_workers)]
     _until(lambda: len(_trials(storage)) > 2 * n_workers)
     for worker in workers[: n_workers // 2]:
@@ -171,7 +172,7 @@ def test_what_killed_workers_ran_is_retried_once(
         os.kill(worker.pid, signal.SIGKILL)
     n_then = len(_trials(storage))
     _until(lambda: len(_trials(storage)) > n_then + n_workers)
-    stop.set()
+    stop.value = True
     for worker in workers:
         worker.join(_DEADLINE_S)
     assert [worker.exitcode for worker in workers[n_workers // 2 :]] == [0] * (
@@ -194,7 +195,7 @@ def test_by_real_time_no_running_trial_is_left_without_an_owner(
 ) -> None:
     """20 workers and 10 kills as above, but by the leases as they expire."""
 
-    stop, rng, grace_s = _fork.Event(), random.Random(2), 8
+    stop, rng, grace_s = _fork.RawValue(c_bool), random.Random(2), 8
     workers = [_start(_work, open_storage, number, stop, grace_s) for number in range(20)]
     _until(lambda: len(_trials(storage)) > 40)
     for worker in workers[:10]:
@@ -207,7 +208,7 @@ def test_by_real_time_no_running_trial_is_left_without_an_owner(
     time.sleep(grace_s + 2)
     running = {trial.number for trial in _trials(storage) if trial.state == _States.RUNNING}
     assert not seen & running, "after the grace period and two intervals"
-    stop.set()
+    stop.value = True
     for worker in workers:
         worker.join(_DEADLINE_S)
     assert [worker.exitcode for worker in workers[10:]] == [0] * 10

@@ -18,6 +18,7 @@ from trialstore.log import SnapshotStore
 from trialstore.logs.memory import MemoryLog
 from trialstore.storage import Storage
 from trialstore.testing.faults import CountingLog, CountingProxy, ManualClock
+from trialstore.testing.suites.base import wait_until
 
 _DEADLINE_S = 60.0
 
@@ -108,6 +109,7 @@ def test_the_proxy_swallows_and_passes_on(proxy: CountingProxy) -> None:
         connection.settimeout(0.05)
         with pytest.raises(TimeoutError):
             _ask(connection, b"lost")
+        wait_until(lambda: any(link.is_asking for link in proxy._links), "it is lost")
         proxy.pass_on()
         connection.settimeout(_DEADLINE_S)
         assert _ask(connection, b"ping") == b"ping"

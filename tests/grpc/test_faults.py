@@ -261,11 +261,13 @@ def test_a_read_that_stands_still_is_begun_anew(monkeypatch: pytest.MonkeyPatch)
     assert _read(log, monkeypatch, [(3, "stands still"), (5,)]) == b"M\x07"
 
 
-def test_a_write_that_is_given_up_is_applied_once_when_it_is_sent_again(tmp_path: Path) -> None:
+def test_a_write_that_is_given_up_is_applied_once_when_it_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for kind in ("journal", "sqlite"):
         port = serve(served_url(kind, tmp_path))
         with CountingProxy("localhost", port) as proxy:
-            log = GrpcLog("localhost", proxy.port, retry_deadline_s=0.5, call_timeout_s=0.5)
+            log: Any = GrpcLog("localhost", proxy.port)
             study = r.CreateStudy(worker_id="w", seq=0, study_name="s", directions=[1])
             first = log.exchange([study], START, NOTHING)
             outcome = first.outcomes[0].id if first.outcomes else 0
@@ -273,7 +275,8 @@ def test_a_write_that_is_given_up_is_applied_once_when_it_is_sent_again(tmp_path
                 worker_id="w", seq=1, study_id=outcome, datetime_start=r.now_text()
             )
             proxy.swallow(requests=False)
-            with pytest.raises(OutcomeUnknownError):
+            with monkeypatch.context() as patch, pytest.raises(OutcomeUnknownError):
+                patch.setattr(log, "_retry_deadline_s", 0.5)  # which the others may need
                 log.exchange([create], first.cursor, NOTHING)
             proxy.pass_on()
             log.exchange([create], first.cursor, NOTHING)

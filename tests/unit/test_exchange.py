@@ -681,7 +681,7 @@ def test_a_flush_of_nothing_waits_for_nobody(storage: Storage, study_id: int) ->
 
     def use(log: object) -> None:
         has_it.set()
-        go_on.wait(1.0)
+        go_on.wait(_DEADLINE_S)
 
     user = threading.Thread(target=storage._exchanger.use_log, args=(use,))
     user.start()
