@@ -21,6 +21,7 @@ import yaml
 from ageing import age_leases
 from servers import SECRETIVE, free_port, shared_postgresql
 from trialstore.optuna_db import PASSWORD_SECRET, OptunaDatabase
+from trialstore.testing.suites.base import wait_until
 
 _DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 _PASSWORD = """p@ss:w/o%rd?#[]{}'"\\ &=+;$,"""
@@ -179,18 +180,19 @@ def test_what_a_killed_worker_ran_is_run_again(
 ) -> None:
     study = database.get_study("example")
     running = (optuna.trial.TrialState.RUNNING,)
-    worker = _start("worker.py", {**environment, "N_TRIALS": "1000000"})
-    give_up_at = time.monotonic() + _DEADLINE_S
-    while True:
-        worker.send_signal(signal.SIGSTOP)
+    lost: list[int] = []
+    while not lost:
+        n_sessions = _n_sessions(database)
+        worker = _start("worker.py", {**environment, "N_TRIALS": "1000000"})
+        give_up_at = time.monotonic() + _DEADLINE_S
+        while not study.get_trials(states=running):
+            assert worker.poll() is None and time.monotonic() < give_up_at
+            time.sleep(0.02)
+        worker.kill()
+        _said(worker)
+        # What it had sent is carried out all the same; perhaps that was the end of its trial.
+        wait_until(lambda n=n_sessions: _n_sessions(database) <= n, "its sessions have ended")  # type: ignore[misc]
         lost = [trial.number for trial in study.get_trials(states=running)]
-        if lost:
-            break
-        worker.send_signal(signal.SIGCONT)
-        assert worker.poll() is None and time.monotonic() < give_up_at
-        time.sleep(0.02)
-    worker.kill()
-    _said(worker)
     age_leases(database.storage, 1000.0)
     enough = len(study.get_trials()) + 2
     second = _start("worker.py", {**environment, "N_TRIALS": str(enough)})
@@ -202,6 +204,13 @@ def test_what_a_killed_worker_ran_is_run_again(
     assert [trial.system_attrs["retry_history"] for trial in retries] == [lost]
     assert [trial.state.name for trial in retries] == ["COMPLETE"]
     assert [trial.state.name for trial in trials].count("COMPLETE") == enough
+
+
+def _n_sessions(database: OptunaDatabase) -> int:
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    engine: sa.Engine = database.storage.engine
+    with engine.connect() as connection:
+        return int(connection.exec_driver_sql(sessions).scalar_one())
 
 
 @pytest.mark.servers
