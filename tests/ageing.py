@@ -15,6 +15,7 @@ from grpc_servers import open_served, url_behind
 from trialstore.log import LeaseStore
 from trialstore.logs.grpc.client import GrpcLog
 from trialstore.logs.redis import RedisLog
+from trialstore.logs.relational.write_queue import WriteQueue
 from trialstore.storage import Storage
 
 _EARLIER = {
@@ -54,6 +55,19 @@ def signal_and_wait(child: int, how: signal.Signals) -> None:
     os.kill(child, how)
     came = os.WSTOPPED if how == signal.SIGSTOP else os.WEXITED
     os.waitid(os.P_PID, child, came | os.WNOWAIT)
+
+
+def stop_and_wait(child: int, storage: Storage) -> None:
+    """Stop a child that is not writing: it would keep SQLite's lock from everybody, for good."""
+    log: Any = storage._exchanger.log
+    engine = getattr(getattr(log, "inner", log), "engine", None)
+    with contextlib.ExitStack() as turn:
+        if engine is not None and engine.dialect.name == "sqlite":
+            queue = WriteQueue(Path(engine.url.database))
+            queue.enter()
+            turn.callback(queue.close)
+            assert queue.is_first
+        signal_and_wait(child, signal.SIGSTOP)
 
 
 def age_beats(folder: Path, duration_s: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 import pytest
 
-from ageing import age_leases, signal_and_wait
+from ageing import age_leases, signal_and_wait, stop_and_wait
 from faults.beating_worker import GRACE_S, open_storage
 from redis_servers import new_prefix, shared_cluster
 from servers import new_database, shared_redis
@@ -116,8 +116,10 @@ def test_the_dead_are_found_and_the_living_are_left_alone(
     # And ours finds and retries Optuna's.
     dead = [name for name in workers if "killed" in name or name == "stopped"]
     for name in dead:
-        how = signal.SIGSTOP if name == "stopped" else signal.SIGKILL
-        signal_and_wait(workers[name].process.pid, how)
+        if name == "stopped":
+            stop_and_wait(workers[name].process.pid, ours)
+        else:
+            signal_and_wait(workers[name].process.pid, signal.SIGKILL)
     age_leases(ours, 2.0 * GRACE_S)
     expected = sorted(ids[name] for name in dead)
     _wait_until_stale(ours, study, [one for one in expected if one != ids["killed"]])

@@ -24,7 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
-from ageing import age_leases, signal_and_wait
+from ageing import age_leases, stop_and_wait
 from backends import Backend, params
 import trialstore
 from trialstore import records, stale
@@ -251,7 +251,7 @@ def test_a_worker_that_was_stopped_past_its_lease_changes_nothing(
     running, go_on, told = _fork.Event(), _fork.Event(), _fork.Queue()
     worker = _start(_run_long, open_storage, running, go_on, told)
     assert running.wait(_DEADLINE_S)
-    signal_and_wait(worker.pid, signal.SIGSTOP)
+    stop_and_wait(worker.pid, storage)
     age_leases(storage, _LONG_S)
     study = _load(storage)
     study.optimize(lambda trial: 1.0 + trial.suggest_float("x", 0.0, 1.0), n_trials=1)
