@@ -613,7 +613,6 @@ def test_rows_that_nobody_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixt
     raw.execute("UPDATE trial_values SET value=NULL WHERE trial_id=2")
     raw.execute("UPDATE trials SET state='ODD', datetime_start='never' WHERE trial_id=3")
     raw.commit()
-    optuna.logging.enable_propagation()
     for _ in range(2):
         two = Model(str(one.log.url))
         first, second, third = two.read(study_id)
@@ -653,7 +652,6 @@ def test_an_odd_field_is_left_out(
     with one.log.engine.begin() as connection:
         table, column = field.split(".")
         connection.exec_driver_sql(f"UPDATE {table} SET {column} = {odd} WHERE trial_id = 1")
-    optuna.logging.enable_propagation()
     two = RDBStorage(one.log.url)
     for _ in range(2):
         *_, last = two.get_all_trials(study_id)
