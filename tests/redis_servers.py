@@ -51,9 +51,10 @@ class ClusterNode(OptionsServer):
     def __init__(self, *options: str) -> None:
         # By default the nodes talk on the port plus 10,000, which may not exist.
         self.bus_port = free_port()
+        # A busy machine or disk holds a node up for seconds; it is not to be taken for dead then.
         super().__init__(
             "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf",
-            "--cluster-node-timeout", "2000", "--cluster-port", str(self.bus_port),
+            "--cluster-node-timeout", "60000", "--cluster-port", str(self.bus_port),
             *options,
         )  # fmt: skip
 
