@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 from multiprocessing import util as multiprocessing_util
 import os
 import threading
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 import weakref
 
 _T = TypeVar("_T")
 
 _one_fork = threading.RLock()
 """At a time: all hooks of a fork run in one thread."""
+_work_ended = threading.Condition(_one_fork)
+_at_work: set[int] = set()
+"""Threads in ``before_any_fork``."""
+_LOOK_S: Final = 1.0
+"""Then it is looked again, lest an interrupt has kept the end of some work from being told."""
 _exits_registered: dict[Callable[[], None], int] = {}
 """What is done at the end, by whom: a process id."""
 
@@ -42,6 +48,8 @@ class Fork(Generic[_H]):
         """Before it. An interrupt ends this, and ``os.fork`` goes on all the same: whoever was not
         reached is not held."""
         _one_fork.acquire()
+        while _at_work - {threading.get_ident()}:
+            _work_ended.wait(_LOOK_S)
         for member in living(self._members):
             member.hold_for_fork()
             self._held.append(member)
@@ -61,6 +69,31 @@ class Fork(Generic[_H]):
         """After it, where what was held is the parent's."""
         self._held.clear()
         _one_fork.release()
+
+
+@contextlib.contextmanager
+def before_any_fork() -> Iterator[None]:
+    """A fork waits for what is done in here, by someone of whom ``Fork`` does not know yet."""
+    me = threading.get_ident()
+    is_inside = me in _at_work
+    try:
+        with _one_fork:
+            _at_work.add(me)
+        yield
+    finally:
+        if not is_inside:
+            _at_work.discard(me)
+            with _work_ended:
+                _work_ended.notify_all()
+
+
+def _begin_in_child() -> None:
+    """Where there is one thread, whoever was not waited for, after an interrupt, is not there."""
+    _at_work.intersection_update((threading.get_ident(),))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def living(members: weakref.WeakSet[_T]) -> list[_T]:

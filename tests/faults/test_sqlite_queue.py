@@ -9,6 +9,7 @@ from pathlib import Path
 import signal
 import sqlite3
 import threading
+import time
 from typing import Any
 import warnings
 
@@ -16,6 +17,7 @@ import pytest
 from tests.unit.test_relational_basics import Model
 
 from servers import new_database
+from trialstore import RDBStorage, processes
 from trialstore.logs.relational.write_queue import WriteQueue
 
 _DEADLINE_S = 60.0
@@ -125,6 +127,75 @@ def test_writers_that_do_not_queue_are_waited_for(tmp_path: Path) -> None:
     threading.Timer(0.05, theirs.execute, ["COMMIT"]).start()
     one.trial(study_id)
     assert [x.number for x in one.read(study_id)] == [0, 1]
+
+
+def test_where_no_thread_can_be_started_nobody_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of a process, when what was put off is written."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    one = Model(new_database("sqlite", tmp_path))
+    study_id = one.study()
+    first = WriteQueue(Path(one.log.engine.url.database or ""), _DEADLINE_S)
+    first.enter()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        one.trial(study_id)
+    first.leave()
+    one.trial(study_id)
+    first.close()
+    assert [x.number for x in one.read(study_id)] == [0, 1]
+
+
+class _Told(threading.Condition):
+    """Tells that somebody waits."""
+
+    def __init__(self, lock: Any) -> None:
+        super().__init__(lock)
+        self.is_waited_for = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.is_waited_for.set()
+        return super().wait(timeout)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_another_thread_opens_a_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What that one has locked, SQLite would hold for locked in the child for ever."""
+    work_ended = _Told(processes._one_fork)
+    monkeypatch.setattr(processes, "_work_ended", work_ended)
+    url = new_database("sqlite", tmp_path)
+    path = url.removeprefix("sqlite:///")
+    Model(url).study()
+    is_open, is_forked = threading.Event(), threading.Event()
+
+    def make() -> sqlite3.Connection:
+        raw = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        raw.execute("BEGIN IMMEDIATE")
+        is_open.set()
+        while not (work_ended.is_waited_for.is_set() or is_forked.is_set()):
+            time.sleep(0.001)
+        raw.execute("ROLLBACK")
+        return raw
+
+    opening = threading.Thread(target=RDBStorage, args=(url, {"creator": make}))
+    opening.start()
+    assert is_open.wait(_DEADLINE_S)
+    child = os.fork()
+    if child == 0:
+        try:
+            sqlite3.connect(path, 0, isolation_level=None).execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            os._exit(1)
+        os._exit(0)
+    is_forked.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    opening.join(_DEADLINE_S)
 
 
 def test_a_folder_that_takes_no_queue(tmp_path: Path) -> None:

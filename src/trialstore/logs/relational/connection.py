@@ -35,6 +35,7 @@ from trialstore.logs.relational.images import Decoder
 from trialstore.logs.relational.schema import Schema
 from trialstore.logs.relational.session import Session
 from trialstore.logs.relational.undisturbed import Standing
+from trialstore.processes import before_any_fork
 
 _Answer = TypeVar("_Answer")
 
@@ -116,7 +117,8 @@ class Connection:
         self.decoder = Decoder()
         self.durable_commits = 0
         self._prepared = False
-        self.persistently(self.session, min(retry_deadline_s, opening_deadline_s))
+        with self._opening():
+            self.persistently(self.session, min(retry_deadline_s, opening_deadline_s))
 
     def __repr__(self) -> str:
         return f"TablesLog({shown_url(sa.make_url(self.url))!r})"
@@ -156,6 +158,12 @@ class Connection:
             # Whether the row is gone, or about to go, is not known.
             self.renew_session()
             self.engine.dispose()
+
+    def _opening(self) -> contextlib.AbstractContextManager[None]:
+        """What SQLite has locked, it holds for locked in a forked child, for ever."""
+        if self.dialect.name == "sqlite":
+            return before_any_fork()
+        return contextlib.nullcontext()
 
     def about_to_write(self) -> None:
         """Be another session if this one's mark has become old, or could not be put back while the

@@ -88,7 +88,10 @@ class WriteQueue:
         waiter = threading.Thread(
             target=fcntl.flock, args=(file, fcntl.LOCK_EX), name="trialstore-queue", daemon=True
         )
-        waiter.start()
+        try:
+            waiter.start()
+        except RuntimeError:  # none, at the end of a process (Python 3.12), or there are too many
+            return False
         try:
             waiter.join(self._wait_max_s)
         finally:
