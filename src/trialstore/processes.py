@@ -30,6 +30,18 @@ class Holdable(Protocol):
     def go_on_in_parent(self) -> None: ...
 
 
+class LetsGo(Protocol):
+    def let_go(self) -> None: ...
+
+
+_letting_go: weakref.WeakSet[LetsGo] = weakref.WeakSet()
+
+
+def let_go_before_a_fork(one: LetsGo) -> None:
+    """Have something closed before each fork, that no child must inherit, once all are held."""
+    _letting_go.add(one)
+
+
 _H = TypeVar("_H", bound=Holdable)
 
 
@@ -87,13 +99,31 @@ def before_any_fork() -> Iterator[None]:
                 _work_ended.notify_all()
 
 
+def unless_forking(act: Callable[[], object]) -> None:
+    """Do something that a fork has to wait for, or leave it if one is near.
+
+    For finalizers: they come at any moment, and a fork may wait for what they interrupt.
+    """
+    if _one_fork.acquire(blocking=False):
+        try:
+            act()
+        finally:
+            _one_fork.release()
+
+
+def _let_go() -> None:
+    for one in living(_letting_go):
+        one.let_go()
+
+
 def _begin_in_child() -> None:
     """Where there is one thread, whoever was not waited for, after an interrupt, is not there."""
     _at_work.intersection_update((threading.get_ident(),))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_in_child)
+    # Before the hooks of whoever holds: what was registered first is called last, before a fork.
+    os.register_at_fork(before=_let_go, after_in_child=_begin_in_child)
 
 
 def living(members: weakref.WeakSet[_T]) -> list[_T]:

@@ -233,3 +233,16 @@ def test_a_storage_that_nobody_closes_is_no_matter(tmp_path: Path) -> None:
         del first, late, waiter
         gc.collect()
     assert [str(one.message) for one in warned if str(tmp_path) in str(one.message)] == []
+
+
+def test_a_storage_that_nobody_closes_leaves_no_file_open(tmp_path: Path) -> None:
+    """Not until a collection either."""
+    storage = RDBStorage(new_database("sqlite", tmp_path), linger_s=0.0)
+    raw = storage._exchanger.log.connection.session().raw  # type: ignore[attr-defined]
+    gc.disable()
+    try:
+        del storage
+        with pytest.raises(sqlite3.ProgrammingError):
+            raw.execute("SELECT 1")
+    finally:
+        gc.enable()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import functools
 import os
 from pathlib import Path
 import random
@@ -35,7 +36,7 @@ from trialstore.logs.relational.images import Decoder
 from trialstore.logs.relational.schema import Schema
 from trialstore.logs.relational.session import Session
 from trialstore.logs.relational.undisturbed import Standing
-from trialstore.processes import before_any_fork
+from trialstore.processes import before_any_fork, let_go_before_a_fork, unless_forking
 
 _Answer = TypeVar("_Answer")
 
@@ -53,6 +54,9 @@ _ANY_TABLE: Final = "SELECT 1 FROM sqlite_master LIMIT 1"
 _inherited: list[Any] = []
 """Connections opened by a parent process. Closing one, which collecting it would do, ends the
 parent's session (libpq says goodbye to the server, SQLite drops the parent's file locks)."""
+
+_left: list[Callable[[], None]] = []
+"""What closes connections that nobody has any more."""
 
 
 class Connection:
@@ -117,6 +121,7 @@ class Connection:
         self.decoder = Decoder()
         self.durable_commits = 0
         self._prepared = False
+        self._is_asked = False
         with self._opening():
             self.persistently(self.session, min(retry_deadline_s, opening_deadline_s))
 
@@ -162,8 +167,33 @@ class Connection:
     def _opening(self) -> contextlib.AbstractContextManager[None]:
         """What SQLite has locked, it holds for locked in a forked child, for ever."""
         if self.dialect.name == "sqlite":
+            let_go_before_a_fork(self)
             return before_any_fork()
         return contextlib.nullcontext()
+
+    def let_go(self) -> None:
+        """Close a file before a fork.
+
+        SQLite keeps in memory that the process has it open, and does not lock it again for a
+        child's own connection. Then the parent, if it closes its last one, holds itself for the
+        last there is and deletes the write-ahead log, to which the child goes on to write.
+
+        Source: SQLite, "How To Corrupt An SQLite Database File", 2.6; ``os_unix.c``, ``unixLock``.
+        """
+        if not self._is_asked and not self.is_shared and self._pid == os.getpid():
+            self.disconnect()
+            self.engine.dispose()
+        _close_left()
+
+    def __del__(self) -> None:
+        """Users need not close a storage, and a connection of sqlite3 stays open until a
+        collection: it refers to itself."""
+        session = getattr(self, "_session", None)
+        if session is not None and self._pid == os.getpid():
+            _left.append(functools.partial(self._end, session))
+            unless_forking(_close_left)
+        elif session is not None:
+            _inherited.append((session, self._fairy, self.engine))
 
     def about_to_write(self) -> None:
         """Be another session if this one's mark has become old, or could not be put back while the
@@ -311,6 +341,7 @@ class Connection:
             LogCorruptError: The file is no database, or damaged.
         """
         deadline_s = self.retry_deadline_s if deadline_s is None else deadline_s
+        self._is_asked = True
         try:
             return self._until_it_answers(attempt, deadline_s)
         except Exception:
@@ -320,6 +351,8 @@ class Connection:
             # outlive it.
             self.disconnect()
             raise
+        finally:
+            self._is_asked = False
 
     def _until_it_answers(self, attempt: Callable[[], _Answer], deadline_s: float) -> _Answer:
         give_up_at = self._clock.now_s() + deadline_s
@@ -463,6 +496,11 @@ def in_memory(url: sa.URL, engine_kwargs: Mapping[str, Any]) -> bool:
 def is_uri(url: sa.URL) -> bool:
     """Whether SQLite is given a URI, with a query of its own, rather than a path."""
     return (url.database or "").startswith("file:") and asbool(url.query.get("uri", False))
+
+
+def _close_left() -> None:
+    while _left:
+        _left.pop()()
 
 
 def _makers(engine_kwargs: Mapping[str, Any]) -> set[str]:

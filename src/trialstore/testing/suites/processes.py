@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+from multiprocessing.synchronize import Event
 import os
 import pickle
 from typing import Any
@@ -192,6 +193,36 @@ class ProcessSuite(SuiteBase):
         assert [child.exitcode for child in children] == [0] * 4
         contents = study_contents(storage, study_id)
         assert [trial["number"] for trial in contents] == list(range(84))
+
+    @pytest.mark.skipif("fork" not in _METHODS, reason="needs fork")
+    def test_a_forked_child_goes_on_after_its_parent_has_closed(
+        self, storage: Storage, study_id: int, capabilities: Capabilities
+    ) -> None:
+        if not capabilities.crosses_processes:
+            pytest.skip("The store does not leave its process.")
+        context = multiprocessing.get_context("fork")
+        is_at_work, is_closed = context.Event(), context.Event()
+        storage.create_new_trial(study_id)
+        child = context.Process(
+            target=create_before_and_after, args=(storage, study_id, is_at_work, is_closed)
+        )
+        child.start()
+        assert is_at_work.wait(DEADLINE_S)
+        storage.close()
+        is_closed.set()
+        child.join(DEADLINE_S)
+        assert child.exitcode == 0
+        contents = study_contents(storage, study_id)
+        assert [trial["number"] for trial in contents] == [0, 1, 2]
+
+
+def create_before_and_after(
+    storage: Storage, study_id: int, is_at_work: Event, is_closed: Event
+) -> None:
+    storage.create_new_trial(study_id)
+    is_at_work.set()
+    assert is_closed.wait(DEADLINE_S)
+    storage.create_new_trial(study_id)
 
 
 def overwrite_then_exit(storage: Storage, trial_id: int) -> None:
