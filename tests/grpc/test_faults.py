@@ -439,6 +439,35 @@ def test_a_value_that_a_column_may_not_hold_is_asked_about(
     log.close()
 
 
+def test_a_value_is_asked_about_while_another_thread_connects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = GrpcLog("localhost", serve(served_url("sqlite", tmp_path)))
+    record = r.SetTrialUserAttr(worker_id="w", seq=1, trial_id=1, user_attr={"k": "v" * 30_000})
+    answers: list[object] = []
+
+    def check() -> None:
+        try:
+            answers.append(log.check([record]))
+        except BaseException as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=check)
+    calls = client.calls
+
+    def connect(*args: Any) -> Any:
+        if asking.ident is None:
+            asking.start()
+            asking.join(0.1)  # or it waits for this one
+        return calls(*args)
+
+    monkeypatch.setattr(client, "calls", connect)
+    log.exchange((), START, NOTHING)
+    asking.join(_DEADLINE_S)
+    assert answers == [None]
+    log.close()
+
+
 # --- servers that are killed ---------------------------------------------------------------------
 
 

@@ -193,6 +193,8 @@ class GrpcLog:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
+        # Held by whoever calls the server: ``check`` comes from any thread.
+        self._mutex = threading.RLock()
         self._channel: grpc.Channel | None = None
         self._calls: dict[str, Call] = {}
         self._metadata: tuple[tuple[str, str], ...] = ()
@@ -374,9 +376,10 @@ class GrpcLog:
     def close(self) -> None:
         """Close the connection; a later exchange opens one again."""
         self._here()
-        channel, self._channel, self._calls = self._channel, None, {}
-        if channel is not None:
-            channel.close()
+        with self._mutex:
+            channel, self._channel, self._calls = self._channel, None, {}
+            if channel is not None:
+                channel.close()
 
     # --- ConditionalLog --------------------------------------------------------------------------
 
@@ -642,6 +645,10 @@ class GrpcLog:
             _FailedError: With the status of the last attempt.
         """
         self._here()  # or a child would begin anew in the middle of its first attempt
+        with self._mutex:
+            return self._until_it_answers(attempt, once)
+
+    def _until_it_answers(self, attempt: Callable[[float, bool], _T], once: bool) -> _T:
         self._n_parts_max, self._heard_at_s = 0, self._clock.now_s()
         pause_s, timeout_s, again = _PAUSE_FIRST_S, self._call_timeout_s, False
         while True:
