@@ -237,6 +237,20 @@ class LogSuite(ConditionalSuite, LeaseSuite):
         (outcome,) = theirs.exchange(record)
         assert outcome.verdict is Verdict.DUPLICATED_STUDY
 
+    def test_a_taken_name_is_taken_beside_a_free_one(
+        self, ours: Follower, theirs: Follower
+    ) -> None:
+        """As when threads create studies together."""
+        ours.create_study("taken")
+        records = [
+            r.CreateStudy(study_name=name, directions=[_MINIMIZE], **theirs.mark())
+            for name in ("free", "taken", "also free", "free")
+        ]
+        outcomes = theirs.exchange(*records)
+        accepted, duplicated = Verdict.ACCEPTED, Verdict.DUPLICATED_STUDY
+        assert [one.verdict for one in outcomes] == [accepted, duplicated, accepted, duplicated]
+        assert outcomes[0].id != outcomes[2].id
+
     def test_one_of_many_creates_of_one_study_wins(self, open_log: OpenLog) -> None:
         followers = [Follower(open_log(), f"w{number}") for number in range(8)]
         verdicts: list[Verdict] = []

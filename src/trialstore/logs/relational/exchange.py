@@ -668,14 +668,22 @@ def _text_length(steps: Sequence[Step]) -> int:
 
 
 def _segments(records: list[Operation]) -> list[list[Operation]]:
-    """Runs of operations that can be judged by facts read once: a deletion changes them, and one
-    statement asks for no more than so many trials, studies or names."""
+    """Runs of operations that can be judged by facts read once: a deletion changes them, which of
+    several names is a new study's they do not say, and one statement asks for no more than so many
+    trials or studies."""
     runs: list[list[Operation]] = [[]]
     about: set[int | str] = set()
+    named = None
     for record in records:
+        if isinstance(record, r.CreateStudy):
+            if named not in (None, record.study_name):
+                runs.append([])
+                about.clear()
+            named = record.study_name
         if isinstance(record, r.DeleteStudy):
             runs += [[record], []]
             about.clear()
+            named = None
             continue
         about.add(_subject(record))
         if len(about) > s.IDS_MAX:
