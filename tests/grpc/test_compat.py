@@ -128,6 +128,33 @@ def test_our_client_and_a_stock_one_work_on_a_stock_server(version: str) -> None
         assert [len(trial.params) for trial in study.trials] == [3] * 5 + [1] * 5 + [3] * 5
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", ["second", "first"])
+@pytest.mark.parametrize("by", ["us", "another", "another, seen in the catalogue"])
+def test_a_study_that_bears_the_id_of_a_deleted_one_is_another(
+    tmp_path: Path, name: str, by: str
+) -> None:
+    port = serve(f"optuna+sqlite:///{tmp_path}/reused.db", stock=True)
+    directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+    other = optuna.storages.GrpcStorageProxy(port=port)
+    with contextlib.closing(open_grpc(port)) as storage:
+        first = storage.create_new_study([StudyDirection.MINIMIZE], "first")
+        storage.set_trial_state_values(storage.create_new_trial(first), TrialState.COMPLETE, [1])
+        assert len(storage.get_all_trials(first)) == 1
+        other.delete_study(first)
+        creator = storage if by == "us" else other
+        assert creator.create_new_study(directions, name) == first
+        if by == "another, seen in the catalogue":
+            (seen,) = storage.get_all_studies()
+            assert (seen.study_name, seen.directions) == (name, directions)
+        study = optuna.load_study(study_name=name, storage=storage)
+        assert (study.directions, study.trials) == (directions, [])
+        assert storage.get_study_name_from_id(first) == name
+        study.tell(study.ask(), [0.5, 1.5])
+        assert [trial.values for trial in study.trials] == [[0.5, 1.5]]
+    other.remove_session()
+
+
 def test_what_a_stock_server_refuses_is_not_taken_for_a_repetition() -> None:
     """Where no answer was lost, a refusal says that somebody else has done it."""
     port = serve("optuna+memory://", stock=True)

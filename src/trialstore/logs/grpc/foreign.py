@@ -95,12 +95,15 @@ class _StudyCursor(msgspec.Struct, frozen=True, array_like=True):
         name: Its name, which never changes.
         finished_id: The greatest id of a finished trial; every trial up to it has been sent.
         held: Ids of trials sent unfinished.
+        directions: Of the study; by them and the name it is known again, for SQLite gives the id
+            of a deleted study out again.
     """
 
     study_id: int
     name: str
     finished_id: int = -1
     held: tuple[int, ...] = ()
+    directions: tuple[int, ...] = ()
 
 
 class _Cursor(msgspec.Struct, frozen=True, array_like=True):
@@ -144,6 +147,9 @@ class StorageLog:
                     f"{len(outcomes)} of {len(records)} records were stored, then: {error!r}"
                 ) from error
         reading = _Reading(self._methods, self._constants, known)
+        for record, outcome in zip(records, outcomes, strict=True):
+            if isinstance(record, r.CreateStudy) and outcome.verdict is Verdict.ACCEPTED:
+                reading.forget(outcome.id)  # what bore this id before was deleted elsewhere
         reading.read(_more_wanted(records, outcomes, wanted))
         after = _Cursor(self._epoch, tuple(reading.known.values()))
         return Batch(outcomes, reading.news, msgspec.to_builtins(after, enc_hook=operator.index))
@@ -365,7 +371,7 @@ class _Reading:
     def _read_catalogue(self) -> None:
         there = self._methods.get_all_studies()
         for study_id in {*self.known} - {study._study_id for study in there}:
-            self._forget(study_id)
+            self.forget(study_id)
         for study in there:
             self._put_study(
                 study._study_id,
@@ -381,8 +387,9 @@ class _Reading:
         except KeyError:
             for study in list(self.known.values()):
                 if study.name == name:
-                    self._forget(study.study_id)
+                    self.forget(study.study_id)
         else:
+            self._constants.pop(study_id, None)  # they may be of a study that was deleted
             self._read_study(study_id)
 
     def _read_study(self, study_id: int) -> bool:
@@ -400,7 +407,7 @@ class _Reading:
                 methods.get_study_system_attrs(study_id),
             )
         except KeyError:
-            self._forget(study_id)
+            self.forget(study_id)
             return False
         return True
 
@@ -413,8 +420,11 @@ class _Reading:
         system_attrs: dict[str, Any],
     ) -> None:
         known = self.known.get(study_id)
-        if known is None or known.name != name:
-            self.known[study_id] = _StudyCursor(study_id, name)
+        if known is not None and (known.name, [*known.directions]) != (name, directions):
+            self.forget(study_id)
+        self._constants[study_id] = (name, directions)
+        if study_id not in self.known:
+            self.known[study_id] = _StudyCursor(study_id, name, directions=(*directions,))
         self.news.append(
             r.PutStudy(
                 study_id=study_id,
@@ -425,7 +435,7 @@ class _Reading:
             )
         )
 
-    def _forget(self, study_id: int) -> None:
+    def forget(self, study_id: int) -> None:
         self._constants.pop(study_id, None)
         if self.known.pop(study_id, None) is not None:
             self.news.append(r.DeleteStudy(worker_id="", study_id=study_id))
@@ -447,9 +457,11 @@ class _Reading:
                 else:
                     finished_id = max(finished_id, trial._trial_id)
         except KeyError:
-            self._forget(study_id)
+            self.forget(study_id)
             return
-        self.known[study_id] = _StudyCursor(study_id, before.name, finished_id, tuple(held))
+        self.known[study_id] = msgspec.structs.replace(
+            before, finished_id=finished_id, held=tuple(held)
+        )
         images = [x for x in self.news[n_before:] if isinstance(x, r.PutTrial)]
         self.news += r.first_params(images)
 
