@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import contextlib
 from pathlib import Path
 
+from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
@@ -42,6 +43,27 @@ def test_the_name_is_free_again(pair: tuple[Storage, Storage]) -> None:
     others.delete_study(_fill(ours, "s", 2))
     new_id = ours.create_new_study([MAXIMIZE], "s")
     assert ours.get_study_id_from_name("s") == others.get_study_id_from_name("s") == new_id
+
+
+@pytest.mark.parametrize("is_queued", [False, True])
+def test_a_trial_that_bears_the_id_of_a_deleted_one_is_written_on(
+    pair: tuple[Storage, Storage], is_queued: bool
+) -> None:
+    ours, others = pair
+    kept, deleted = _fill(ours, "kept", 1), _fill(ours, "deleted", 1)
+    ours.create_new_trial(deleted)
+    if is_queued:
+        ours.create_new_trial(deleted, create_trial(state=TrialState.WAITING))
+        assert len(ours.get_all_trials(deleted, states=(TrialState.WAITING,))) == 1
+    others.delete_study(deleted)
+    for name in ("x", "y", "z"):
+        # Where ids are given again, the last ones that ours knows of the deleted study.
+        trial_id = ours.create_new_trial(kept)
+        ours.set_trial_param(trial_id, name, 0.5, FloatDistribution(0, 1))
+        ours.set_trial_user_attr(trial_id, "k", 1)
+        ours.flush()
+        assert ours.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.5])
+        assert others.get_trial(trial_id).user_attrs == {"k": 1}
 
 
 @pytest.mark.parametrize("n_trials", [0, 1, 5])

@@ -491,7 +491,7 @@ class Exchange:
         with self._naming(touched.names):
             facts = Facts(session.run(steps)[-1][0][0])
         for trial_id in touched.trials:
-            if any(self.before[study_id].holds(trial_id) for study_id in self.gone):
+            if self._is_of_gone(trial_id):
                 # Whatever bears this id now, it is not what the operation was meant for.
                 facts.trials.pop(trial_id, None)
         for pair in judged:
@@ -642,6 +642,14 @@ class Exchange:
             rows = session.run([d.step(s.incarnations, *shape, **args)])[0]
             same |= {row[0] for row in rows if studies[row[0]].is_still(*row[1:])}
         self.gone = set(followed) - same
+
+    def _is_of_gone(self, trial_id: int) -> bool:
+        """Whether it was last met in a study that is gone. One that was met in another study since
+        is that study's: it has been given the id of a trial that went with its own."""
+        if not self.gone:
+            return False
+        holders = {one for one, study in self.before.items() if study.holds(trial_id)}
+        return bool(holders) and holders <= self.gone
 
     def _concerned(self) -> list[int]:
         """Followed studies that this exchange writes on, or reads by what it knows of them."""
