@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -120,6 +121,42 @@ def test_in_a_narrow_terminal_nothing_is_cut_off(
     output.print_table(("study", "trials"), [(name, "12345")])
     lines = capsys.readouterr().out.splitlines()
     assert "".join(line.partition(" ")[0] for line in lines[1:]) == name
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_script_may_read_little_or_nothing_or_in_another_encoding(
+    options: list[str], tmp_path: Path
+) -> None:
+    """The exit code is as ever; of a pipe that is closed, of no stdout, in an ASCII locale."""
+    path = tmp_path / "a.journal"
+    storage = trialstore.get_storage(str(path))
+    optuna.create_study(study_name="Größe \udc80", storage=storage)
+    storage.close()
+    command = [sys.executable, "-m", "trialstore", "info", str(path), *options]
+    reader, closed = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE)
+    os.close(closed)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    ran = subprocess.run(command, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(command, capture_output=True, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert b"\\udc80" in ran.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_full_disk_is_no_finding(options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "a.journal"
+    trialstore.get_storage(str(path)).close()
+    command = [sys.executable, "-m", "trialstore", "check", str(path), *options]
+    with Path("/dev/full").open("wb") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 3
+    assert "No space left" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_as_a_module_and_without_the_extra(tmp_path: Path) -> None:

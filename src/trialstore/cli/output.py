@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import enum
 import functools
+import io
 import json
+import os
 import sys
 from typing import Annotated, Any, NoReturn, ParamSpec
 
@@ -43,9 +45,19 @@ Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to lis
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Study = Annotated[str | None, typer.Option("--study", metavar="NAME", help="This study only.")]
 
-# Who reads a pipe or a file wants nothing wrapped or cut off.
-_WIDTH = None if sys.stdout.isatty() else 10_000
-stdout = Console(soft_wrap=True, highlight=False, width=_WIDTH)
+
+class _Stdout(Console):
+    """Its reader may leave early (``| head -1``); the exit code is what it would be without."""
+
+    def on_broken_pipe(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+# Who reads a pipe or a file wants nothing wrapped or cut off. None: it was closed (``>&-``).
+_WIDTH = None if sys.stdout is not None and sys.stdout.isatty() else 10_000
+stdout = _Stdout(soft_wrap=True, highlight=False, width=_WIDTH)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 # What a user can do something about, in a sentence and without a traceback.
@@ -71,6 +83,8 @@ def command(run: Callable[_P, Exit | None]) -> Callable[_P, None]:
     @functools.wraps(run)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> None:
         as_json = bool(kwargs.get("as_json"))
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale lacks
         try:
             code = run(*args, **kwargs)
         except BaseException as error:
@@ -95,15 +109,18 @@ def _explain(error: BaseException, as_json: bool) -> None:
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
         text = "Interrupted."
     if as_json:
-        print_json({"error": text, "type": type(error).__name__})
-    else:
-        stderr.print(text, markup=False, style="red")
+        with contextlib.suppress(OSError):
+            print_json({"error": text, "type": type(error).__name__})
+            return
+    stderr.print(text, markup=False, style="red")
 
 
 def print_json(document: Any) -> None:
     """The one document of ``--json``; text that is no Unicode is escaped."""
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
-    sys.stdout.flush()
+    try:
+        print(json.dumps(document, indent=2), flush=True)
+    except BrokenPipeError:
+        stdout.on_broken_pipe()
 
 
 def fail(text: str) -> NoReturn:
