@@ -158,7 +158,7 @@ class MaxTrials:
             }
             runners = _runners.setdefault(storage, {})
             for id_ in runners.keys() - holders.keys():
-                del runners[id_]
+                runners.pop(id_, None)  # its own thread may have ended it meanwhile
             n_complete = replica.count(study_id, (TrialState.COMPLETE,))
             if trial_id in holders:
                 answer = _Answer.TAKEN

@@ -33,7 +33,7 @@ import sqlalchemy as sa
 from servers import new_database
 import trialstore
 from trialstore import records as r
-from trialstore.errors import LogCorruptError, LogUnavailableError
+from trialstore.errors import LogCorruptError, LogReplacedError, LogUnavailableError
 from trialstore.log import NOTHING, Wanted
 from trialstore.logs.relational import TablesLog, reading, statements, tables as t
 from trialstore.rdb import RDBStorage
@@ -856,6 +856,49 @@ def _n_trials(path: Path) -> int:
     with contextlib.closing(sqlite3.connect(path)) as direct:
         found: int = direct.execute("SELECT count(*) FROM trials").fetchone()[0]
     return found
+
+
+@pytest.mark.parametrize(
+    ("way", "is_closed"),
+    # A file made anew may get the number of one that nobody has open.
+    [
+        ("restored", False),
+        ("restored", True),
+        ("removed", False),
+        ("removed", True),
+        ("new", False),
+    ],
+)
+def test_a_file_that_another_has_taken_the_place_of_is_not_written_to(
+    way: str, is_closed: bool, tmp_path: Path
+) -> None:
+    """It has no name any more, and would be gone with its last connection."""
+    path, backup = tmp_path / "a.db", tmp_path / "backup.db"
+    url = f"sqlite:///{path}"
+    one = Model(url)
+    study_id = one.study()
+    one.trial(study_id)
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        raw.execute("VACUUM INTO ?", [str(backup)])
+    one.trial(study_id)
+    if is_closed:
+        one.log.close()
+    for name in ("a.db", "a.db-wal", "a.db-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    if way == "restored":
+        backup.rename(path)
+    elif way == "new":
+        Model(url).study("another")
+    for ask in (lambda: one.trial(study_id), lambda: one.read(study_id)):
+        with pytest.raises(
+            LogReplacedError, match=r"a\.db: the file is not the one that was read"
+        ):
+            ask()
+    assert path.exists() == (way != "removed")
+    if way == "restored":
+        two = Model(url)
+        two.trial(study_id)
+        assert [x.number for x in two.read(study_id)] == [0, 1]
 
 
 def test_a_file_may_be_called_as_if_it_were_in_memory(tmp_path: Path) -> None:

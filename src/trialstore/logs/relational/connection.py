@@ -22,7 +22,12 @@ from sqlalchemy.util import asbool
 
 from trialstore.clock import Clock
 from trialstore.credentials import Secret
-from trialstore.errors import LogCorruptError, LogUnavailableError, SecretNotFoundError
+from trialstore.errors import (
+    LogCorruptError,
+    LogReplacedError,
+    LogUnavailableError,
+    SecretNotFoundError,
+)
 from trialstore.logs.relational import statements as s, tables as t
 from trialstore.logs.relational.dialects import (
     Dialect,
@@ -108,6 +113,7 @@ class Connection:
         self.schema = Schema(self.engine, self.dialect)
         self._session: Session | None = None
         self._fairy: Any = None
+        self._file: tuple[int, int] | None = None  # device and inode of what was opened first
         self._pid = os.getpid()
         self.session_id = uuid.uuid4().hex
         self.seq = 0
@@ -269,13 +275,34 @@ class Connection:
         Args:
             puts_mark: Whether a mark that is gone is put back where we connect again. Not before
                 it was asked: a new one would tell that nothing has happened.
+
+        Raises:
+            LogReplacedError: Another file, a restored backup perhaps, is at the path of SQLite's,
+                or none. What goes to the one that is open would be lost with it.
         """
         if self._pid != os.getpid():
             self._leave_inherited()
+        if self._file is not None and self._file_there() != self._file:
+            raise LogReplacedError(
+                "the file is not the one that was read up to here; open a new storage on it.",
+                source=str(self.engine.url.database),
+            )
         if self._session is None:
             self._connect(puts_mark)
+            self._file = self._file_there()
         assert self._session is not None
         return self._session
+
+    def _file_there(self) -> tuple[int, int] | None:
+        """Which file is at the path now; None if there is none, or this is about no file."""
+        path = self.engine.url.database
+        if self.dialect.name != "sqlite" or self.is_shared or not path or is_uri(self.engine.url):
+            return None
+        try:
+            status = os.stat(path)  # noqa: PTH116
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
 
     def _connect(self, puts_mark: bool) -> None:
         fresh = self.dialect.name == "sqlite" and _wants_wal(self.engine.url, self.engine_kwargs)
