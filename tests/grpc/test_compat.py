@@ -14,13 +14,14 @@ from typing import Any
 
 import grpc
 import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 import pytest
 
 from grpc_servers import KillableServer, open_grpc, serve, served_url
 from servers import free_port
-from trialstore.errors import LogUnavailableError
+from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.testing.contents import study_contents
 from trialstore.testing.proxy import CountingProxy
 
@@ -172,6 +173,21 @@ def test_what_a_stock_server_refuses_is_not_taken_for_a_repetition() -> None:
         other.delete_study(study_id)
         with pytest.raises(KeyError):
             one.delete_study(study_id)
+
+
+def test_what_fails_in_a_stock_server_is_not_tried_for_ever(tmp_path: Path) -> None:
+    port = serve(f"optuna+sqlite:///{tmp_path}/a.db", stock=True)
+    with contextlib.closing(open_grpc(port)) as storage:
+        study = optuna.create_study(storage=storage)
+        kinds = FloatDistribution(0, 1), CategoricalDistribution([0.5])
+        one, other = (
+            optuna.create_trial(value=1.0, params={"x": 0.5}, distributions={"x": kind})
+            for kind in kinds
+        )
+        study.add_trial(one)
+        with pytest.raises(OutcomeUnknownError, match="the storage behind the server failed"):
+            study.add_trial(other)
+        assert study.trials[0].distributions == {"x": kinds[0]}
 
 
 class _SlowAtFirst(optuna.storages.InMemoryStorage):

@@ -702,7 +702,7 @@ class GrpcLog:
             if failed.error.code() in REFUSALS and not status.error_name(failed.error):
                 self._speaks_optuna = True
                 raise StockRefusal(failed.error, failed.again) from failed.error
-            if once and failed.again:
+            if once and failed.again and not status.was_raised(failed.error):
                 raise AnswerLostError(f"{self!r}: {failed.error.details()}") from failed.error
             unknown = failed.again and not method.startswith("Get")
             raise status.to_error(failed.error, repr(self), unknown=unknown) from failed.error

@@ -80,14 +80,21 @@ def error_name(error: grpc.RpcError) -> str:
     return ""
 
 
+def was_raised(error: grpc.RpcError) -> bool:
+    """Whether this is a plain Optuna server's answer: its storage raised an exception."""
+    # The words are grpcio's.
+    return error.code() == _Code.UNKNOWN and "Exception calling application" in (
+        error.details() or ""
+    )
+
+
 def is_transient(error: grpc.RpcError) -> bool:
     """Whether another attempt may succeed."""
     name = error_name(error)
     if name:
         return name in ("unavailable", "outcome-unknown")
     if error.code() == _Code.UNKNOWN:
-        # The words of grpcio for an exception in a plain Optuna server.
-        return "Exception calling application" not in (error.details() or "")
+        return not was_raised(error)
     if error.code() == _Code.RESOURCE_EXHAUSTED:
         return _TOO_MANY in (error.details() or "")
     return error.code() in (
@@ -132,6 +139,11 @@ def to_error(error: grpc.RpcError, server: str, *, unknown: bool) -> Exception:
         return ValueError(
             f"{server} takes no message as large as this ({details}); keep large values in a "
             "file and store its path."
+        )
+    if unknown and was_raised(error):
+        return OutcomeUnknownError(
+            f"{server}: the storage behind the server failed ({details}). Read the study to see "
+            "whether anything was stored."
         )
     if unknown:
         return OutcomeUnknownError(
