@@ -192,13 +192,15 @@ class Connection:
         _close_left()
 
     def __del__(self) -> None:
-        """Users need not close a storage, and a connection of sqlite3 stays open until a
-        collection: it refers to itself."""
+        """Users need not close a storage, and a connection of sqlite3, which refers to itself,
+        stays open until a collection."""
         session = getattr(self, "_session", None)
-        if session is not None and self._pid == os.getpid():
+        if session is None or self.dialect.name != "sqlite":
+            return
+        if self._pid == os.getpid():
             _left.append(functools.partial(self._end, session))
             unless_forking(_close_left)
-        elif session is not None:
+        else:
             _inherited.append((session, self._fairy, self.engine))
 
     def about_to_write(self) -> None:
