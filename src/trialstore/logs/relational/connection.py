@@ -291,7 +291,7 @@ class Connection:
             )
         if self._session is None:
             self._connect(puts_mark)
-            self._file = self._file_there()
+            self._file = self._file or self._file_there()
         assert self._session is not None
         return self._session
 
