@@ -66,6 +66,32 @@ def test_the_columns_are_those_of_optuna(
     assert [row["state"] for row in rows] == [trial.state.name for trial in study.trials]
 
 
+def test_other_programs_can_read_numbers_that_are_not_finite(tmp_path: Path, cli: Cli) -> None:
+    url = f"sqlite:///{tmp_path}/filled.db"
+    study = optuna.create_study(storage=trialstore.get_storage(url), study_name="odd")
+    trial = study.ask()
+    trial.set_user_attr("loss", float("nan"))
+    trial.set_user_attr("losses", {"all": [1.5, float("-inf")]})
+    study.tell(trial, float("inf"))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    cli.json("export", url, "--study", "odd", "-o", f"{tmp_path}/a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    losses = {"all": [1.5, "-inf"]}
+    assert (row["value"], row["user_attrs_loss"], row["user_attrs_losses"]) == (
+        "inf",
+        "nan",
+        losses,
+    )
+    cli.json("export", url, "--study", "odd", "-o", f"{tmp_path}/a.csv")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert json.loads(line["user_attrs_losses"], parse_constant=refuse) == losses
+    assert (line["value"], line["user_attrs_loss"]) == ("inf", "nan")
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "JSONL", "parquet", "arrow"])
 @pytest.mark.parametrize("name", ["colours", "colours, several", "colours, empty"])
 def test_what_is_exported_comes_back(

@@ -1,7 +1,8 @@
 """A study to a file and back: csv, json, jsonl, parquet, arrow.
 
-csv and json are for other programs. The other three hold everything and can be read back: they
-have the two columns of ``frames.WHOLE`` and say what the study is beside its trials.
+csv and json are for other programs; JSON has no infinities, which are text there (``"inf"``). The
+other three hold everything and can be read back: they have the two columns of ``frames.WHOLE``
+and say what the study is beside its trials.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import csv
 from datetime import datetime
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -60,14 +62,17 @@ def _write_csv(frame: Frame, file: Any, progress: Callable[[int], None]) -> None
     writer.writerow([column.name for column in frame.columns])
     for row in _rows(frame, progress):
         writer.writerow(
-            [as_json(cell) if isinstance(cell, (dict, list)) else _plain(cell) for cell in row]
+            [
+                as_json(_finite(cell)) if isinstance(cell, (dict, list)) else _plain(cell)
+                for cell in row
+            ]
         )
 
 
 def _write_json(frame: Frame, file: Any, progress: Callable[[int], None]) -> None:
     separator = "[\n"
     for row in _rows(frame, progress):
-        file.write(separator + json.dumps(_dict(frame, row)))
+        file.write(separator + json.dumps(_finite(_dict(frame, row))))
         separator = ",\n"
     file.write("\n]\n" if separator != "[\n" else "[]\n")
 
@@ -97,6 +102,15 @@ def _dict(frame: Frame, row: list[Any]) -> dict[str, Any]:
         for column, cell in zip(frame.columns, row, strict=True)
         if cell is not MISSING
     }
+
+
+def _finite(value: Any) -> Any:
+    """With text in place of the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(cell: Any) -> Any:
