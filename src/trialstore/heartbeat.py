@@ -2,7 +2,9 @@
 
 One message covers every trial that the storage created or claimed, whoever runs it: a thread of
 ``study.optimize`` or a caller of ``ask`` and ``tell``. The thread that beats exists only while
-there is something to beat for. Who dies is found out in ``stale.py``, by the log's clock.
+there is something to beat for. That a trial was told through another storage it learns with the
+next exchange; where none comes, it asks for itself after some beats. Who dies is found out in
+``stale.py``, by the log's clock.
 
 What a crash leaves behind: a lease that nobody renews, which is the point; without a trial that it
 covers it means nothing. ``close`` withdraws it, and so does the end of a process that leaves no
@@ -19,13 +21,14 @@ import weakref
 
 from trialstore.clock import Clock
 from trialstore.exchange import Exchanger
-from trialstore.log import LeaseStore
+from trialstore.log import LeaseStore, Wanted
 from trialstore.processes import at_exit, living
 
 _logger = logging.getLogger("trialstore")
 _T = TypeVar("_T")
 
 _RETRY_PAUSE_S: Final = 1.0
+_BEATS_A_LOOK: Final = 10
 
 
 class Heartbeat:
@@ -61,6 +64,8 @@ class Heartbeat:
         self._starting: set[object] = set()  # a token for each that is being created or claimed
         self._thread: threading.Thread | None = None
         self._due_s = 0.0
+        # How many beats have passed since so many exchanges, the last there were.
+        self._n_idle_beats, self._n_exchanges = 0, -1
 
     def _is_of_this_process(self) -> bool:
         return self._worker_id == self._exchanger.worker_id
@@ -177,6 +182,7 @@ class Heartbeat:
                     continue
             try:
                 self._exchanger.use_log(self._beat_once)
+                self._look_if_idle()
                 fails = False
             except Exception as error:
                 if not fails:
@@ -200,6 +206,19 @@ class Heartbeat:
             log.renew_lease(self._worker_id, trial_ids)
         else:
             log.withdraw_lease(self._worker_id, trial_ids)
+
+    def _look_if_idle(self) -> None:
+        """What became of the trials, where nothing else brings it here: the next beat is told."""
+        with self._exchanger.mutex:
+            if self._n_exchanges != self._exchanger.n_exchanges:
+                self._n_idle_beats, self._n_exchanges = 0, self._exchanger.n_exchanges
+                return
+            self._n_idle_beats += 1
+            if self._n_idle_beats % _BEATS_A_LOOK:
+                return
+            trial_ids = frozenset(self._running())
+        if trial_ids:
+            self._exchanger.run((), Wanted(trials=trial_ids))
 
 
 # --- exit ----------------------------------------------------------------------------------------

@@ -149,6 +149,26 @@ def test_one_thread_beats_for_all_threads_that_create_trials(path: Path) -> None
     assert _n_leases(path) == 0
 
 
+def test_the_thread_ends_where_its_trial_was_told_through_another_storage(path: Path) -> None:
+    storage = _open(path)
+    clock: Any = storage._clock
+    trial_id = storage.create_new_trial(0)
+    clock.until_waiting()
+    counter = count_exchanges(storage)
+    _open(path, heartbeat_interval=None).set_trial_state_values(trial_id, TrialState.COMPLETE, [1])
+    for n_beats in range(1, 2 * heartbeat._BEATS_A_LOOK):
+        clock.advance(60)
+        wait_until(
+            lambda n=n_beats: counter.used["renew_lease"] == n or _n_leases(path) == 0,  # type: ignore[misc]
+            "a beat",
+        )
+        if _n_leases(path) == 0:
+            break
+        clock.until_waiting()
+    assert n_beats > heartbeat._BEATS_A_LOOK and _n_leases(path) == 0
+    assert len(counter.wanted) == 1 and not storage._beats().is_beating
+
+
 def test_nothing_is_created_where_no_lease_can_be_taken(path: Path) -> None:
     Path(f"{path}.beats").write_text("in the way")
     with pytest.raises(LogUnavailableError, match="no lease can be kept"):
