@@ -302,7 +302,7 @@ def test_a_server_that_stays_away_is_unavailable_within_a_bound(proxy: CountingP
     proxy.sever()
     with pytest.raises(LogUnavailableError):
         log.exchange([], cursor, NOTHING)
-    assert 30 <= clock.slept_s < 40
+    assert 28 <= clock.slept_s <= 30
     proxy.refuse(False)
     assert log.exchange([_study(1)], cursor, NOTHING).news
 
@@ -341,7 +341,7 @@ def test_a_master_without_enough_replicas_is_waited_for(come_back_after_s: float
         else:
             with pytest.raises(LogUnavailableError, match="NOREPLICAS"):
                 log.exchange([_study(1)], cursor, NOTHING)
-            assert 30 <= clock.slept_s < 40
+            assert 28 <= clock.slept_s <= 30
         client.config_set("min-replicas-to-write", 0)
         assert _seqs(RedisLog(server.url)) == list(range(1 + (come_back_after_s == 1.0)))
     finally:

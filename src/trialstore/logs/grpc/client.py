@@ -18,7 +18,6 @@ import contextlib
 import logging
 import os
 from pathlib import Path
-import random
 import threading
 from typing import Any, Final, TypeVar
 import uuid
@@ -42,6 +41,7 @@ from trialstore.logs.grpc.stock import (
     StockRefusal,
     check_names,
 )
+from trialstore.patience import Patience
 from trialstore.records import (
     RUNNING,
     AnyOperation,
@@ -650,7 +650,8 @@ class GrpcLog:
 
     def _until_it_answers(self, attempt: Callable[[float, bool], _T], once: bool) -> _T:
         self._n_parts_max, self._heard_at_s = 0, self._clock.now_s()
-        pause_s, timeout_s, again = _PAUSE_FIRST_S, self._call_timeout_s, False
+        patience = Patience(self, self._clock, first_s=_PAUSE_FIRST_S, longest_s=_PAUSE_MAX_S)
+        timeout_s, again = self._call_timeout_s, False
         while True:
             remaining_s = self._heard_at_s + self._retry_deadline_s - self._clock.now_s()
             try:
@@ -660,19 +661,15 @@ class GrpcLog:
             if failure.code() == grpc.StatusCode.UNAUTHENTICATED and self._has_new_token():
                 continue
             again = again or status.may_have_arrived(failure)
-            # With jitter, or those whose server came back all come at once.
-            pause_now_s = pause_s * (0.5 + random.random())
-            if (
-                not status.is_transient(failure)
-                or (once and again)
-                or self._clock.now_s() + pause_now_s > self._heard_at_s + self._retry_deadline_s
-            ):
+            if not status.is_transient(failure) or (once and again):
                 raise _FailedError(failure, again)
             is_half_open = failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # perhaps
             if is_half_open or self._has_new_certificates():
                 self.close()  # a new connection may get through
-            self._clock.sleep(pause_now_s)
-            pause_s, timeout_s = min(pause_s * 2, _PAUSE_MAX_S), timeout_s * 2
+            give_up_at = self._heard_at_s + self._retry_deadline_s
+            if not patience.pause(give_up_at, failure.details() or failure.code().name):
+                raise _FailedError(failure, again)
+            timeout_s *= 2
 
     def _final_error(self, failed: _FailedError, *, unknown: bool) -> Exception:
         if failed.error.code() == grpc.StatusCode.UNIMPLEMENTED:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 import logging
-import random
 import threading
 from typing import Final, NoReturn, TypeVar
 
@@ -29,6 +28,7 @@ from trialstore.logs.redis.doors import (
 )
 from trialstore.logs.redis.driver import driver, kind_of
 from trialstore.logs.redis.keys import Keys, has_hash_tag
+from trialstore.patience import Patience
 
 _logger = logging.getLogger(__package__)
 _T = TypeVar("_T")
@@ -39,7 +39,7 @@ _HEAL_S: Final = 30.0
 _OPEN_S: Final = 5.0
 # No server can be told to refuse a value that is not longer.
 _VALUE_BYTES_SAFE: Final = 1 << 20
-_PAUSE_S: Final = 0.02
+_PAUSE_FIRST_S: Final = 0.02
 _PAUSE_MAX_S: Final = 1.0
 
 _warned: set[str] = set()
@@ -101,7 +101,9 @@ class Connection:
             SecretNotFoundError: The password is not where it should be.
         """
         give_up_s: float | None = None
-        pause_s = _PAUSE_S
+        patience = Patience(
+            self.address, self.clock, first_s=_PAUSE_FIRST_S, longest_s=_PAUSE_MAX_S
+        )
         while True:
             sent = False
             try:
@@ -122,15 +124,10 @@ class Connection:
                 # A script was refused as a whole, of several commands perhaps only one was.
                 if sent and (kind.what == "retry" or self.in_slots):
                     self.is_uncertain = True
-                now_s = self.clock.now_s()
                 if give_up_s is None:
-                    give_up_s = now_s + (_HEAL_S if self._was_reached else _OPEN_S)
-                if now_s >= give_up_s:
+                    give_up_s = self.clock.now_s() + (_HEAL_S if self._was_reached else _OPEN_S)
+                if not patience.pause(give_up_s, error):
                     self._raise_unavailable(error, "")
-                _logger.debug("%s: %s; trying again", self.address, error)
-                # Not all at the same moment, when a server comes back to many workers.
-                self.clock.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(2 * pause_s, _PAUSE_MAX_S)
             except BaseException:
                 # Interrupted between a question and its answer: the answer must not be taken for
                 # that of the next question.

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 from pathlib import Path
-import random
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qs
 import uuid
@@ -41,12 +40,13 @@ from trialstore.logs.relational.images import Decoder
 from trialstore.logs.relational.schema import Schema
 from trialstore.logs.relational.session import Session
 from trialstore.logs.relational.undisturbed import Standing
+from trialstore.patience import Patience
 from trialstore.processes import before_any_fork, let_go_before_a_fork, unless_forking
 
 _Answer = TypeVar("_Answer")
 
-_BACKOFF_FIRST_S: Final = 0.005
-_BACKOFF_MAX_S: Final = 1.0
+_PAUSE_FIRST_S: Final = 0.005
+_PAUSE_MAX_S: Final = 1.0
 _OPENING_DEADLINE_S: Final = 30.0
 """A wrong address or port shows when the storage is constructed; don't let a user wait long."""
 
@@ -385,7 +385,7 @@ class Connection:
 
     def _until_it_answers(self, attempt: Callable[[], _Answer], deadline_s: float) -> _Answer:
         give_up_at = self._clock.now_s() + deadline_s
-        backoff_s = _BACKOFF_FIRST_S
+        patience = Patience(self, self._clock, first_s=_PAUSE_FIRST_S, longest_s=_PAUSE_MAX_S)
         while True:
             try:
                 return attempt()
@@ -402,11 +402,9 @@ class Connection:
                     self.rollback()
                     with self.translating():
                         raise
-                if self._clock.now_s() + backoff_s > give_up_at:
+                why = f"{type(driver_error).__name__}: {self.clean(driver_error)}"
+                if not patience.pause(give_up_at, why):
                     raise self.unavailable(driver_error) from driver_error
-            # Jitter, or those who collided meet again.
-            self._clock.sleep(backoff_s * (0.5 + random.random()))
-            backoff_s = min(backoff_s * 2, _BACKOFF_MAX_S)
 
     @contextlib.contextmanager
     def translating(self) -> Iterator[None]:
