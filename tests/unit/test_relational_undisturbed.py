@@ -151,6 +151,26 @@ def test_what_another_writes_is_seen_at_once(
     other.remove_session()
 
 
+@pytest.mark.parametrize("by_another", [False, True])
+def test_an_attribute_of_a_study_is_read_after_a_look_for_waiting_trials(
+    storage: Any, url: str, by_another: bool
+) -> None:
+    """Such a look, as in ``ask``, may read trials alone and says nothing of the study's rows."""
+    study_id, _ = _known(storage)
+    with contextlib.closing(trialstore.RDBStorage(url)) as other:
+        writer = other if by_another else storage
+        for value in range(3):
+            writer.set_study_user_attr(study_id, "note", value)
+            writer.set_study_system_attr(study_id, "note", -value)
+            assert _waiting(storage, study_id) == []
+            storage.create_new_trial(study_id)
+            assert storage.get_study_user_attrs(study_id) == {"note": value}
+            assert storage.get_study_system_attrs(study_id) == {"note": -value}
+            sent = _counted(storage)
+            assert storage.get_study_user_attrs(study_id) == {"note": value}
+            assert sent == ["PRAGMA"]
+
+
 def test_what_another_finished_can_not_be_written_on(storage: Any, url: str) -> None:
     study_id, trial_id = _known(storage)
     with contextlib.closing(trialstore.RDBStorage(url)) as other:

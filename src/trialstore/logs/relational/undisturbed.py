@@ -26,9 +26,9 @@ from trialstore.logs.relational.dialects import Dialect, record_time
 from trialstore.logs.relational.writing import FIELDS, is_bare
 from trialstore.records import Operation, PutTrial, Record
 
-_ROW, _NEXT, _WAITING, _FINISHED, _ALL = range(5)
-"""How much of a study is known: its own rows, the next of its WAITING trials, which trials are
-WAITING, that and the finished ones, all of them."""
+_NONE, _NEXT, _WAITING, _FINISHED, _ALL = range(5)
+"""How much of a study's trials is known: nothing, the next that are WAITING, which are WAITING,
+that and the finished ones, all of them."""
 _ON_RUNNING = (*FIELDS, r.SetTrialStateValues)
 
 
@@ -46,18 +46,25 @@ class Standing:
     Args:
         version: Of the file, as ``Dialect.others_wrote`` told it.
         cursor: The very object that the last exchange gave out.
-        studies: Study ids to how much of each is known.
+        studies: Study ids to how much of each one's trials is known.
+        rows: Studies whose own rows have been read; a look for WAITING trials may leave them out.
         running: RUNNING trials whose images have been sent, to the ids of their studies.
     """
 
-    __slots__ = ("cursor", "running", "studies", "version")
+    __slots__ = ("cursor", "rows", "running", "studies", "version")
 
     def __init__(
-        self, version: int, cursor: Studies, studies: dict[int, int], running: dict[int, int]
+        self,
+        version: int,
+        cursor: Studies,
+        studies: dict[int, int],
+        rows: frozenset[int],
+        running: dict[int, int],
     ) -> None:
         self.version = version
         self.cursor = cursor
         self.studies = studies
+        self.rows = rows
         self.running = running
 
     @classmethod
@@ -75,12 +82,14 @@ class Standing:
             before: What stood until then, if that exchange wrote nothing.
         """
         studies: dict[int, int] = {}
+        rows = wanted.studies | wanted.finished_of | wanted.trials_of
         running: dict[int, int] = {}
         if before is not None and before.version == version:
             studies.update(before.studies)
+            rows |= before.rows
             running.update(before.running)
         for ids, known in (
-            (wanted.studies, _ROW),
+            (wanted.studies, _NONE),
             (wanted.next_of, _NEXT),
             (wanted.waiting_of, _WAITING),
             (wanted.finished_of, _FINISHED),
@@ -92,7 +101,7 @@ class Standing:
         for image in images:
             if image.state == r.RUNNING and image.study_id in cursor:
                 running[image.trial_id] = image.study_id
-        return cls(version, cursor, studies, running)
+        return cls(version, cursor, studies, rows & cursor.keys(), running)
 
     def covers(self, wanted: Wanted) -> bool:
         """Whether all that is wanted is known."""
@@ -101,10 +110,10 @@ class Standing:
         studies = self.studies
         return (
             all(studies.get(one) == _ALL for one in wanted.trials_of)
-            and all(studies.get(one, _ROW) >= _FINISHED for one in wanted.finished_of)
-            and all(studies.get(one, _ROW) >= _WAITING for one in wanted.waiting_of)
-            and all(studies.get(one, _ROW) >= _NEXT for one in wanted.next_of)
-            and wanted.studies <= studies.keys()
+            and all(studies.get(one, _NONE) >= _FINISHED for one in wanted.finished_of)
+            and all(studies.get(one, _NONE) >= _WAITING for one in wanted.waiting_of)
+            and all(studies.get(one, _NONE) >= _NEXT for one in wanted.next_of)
+            and wanted.studies <= self.rows
             and wanted.trials <= self.running.keys()
         )
 
@@ -169,7 +178,7 @@ class Standing:
         return msgspec.structs.replace(
             study,
             all_id=one.trial_id if known >= _FINISHED else study.all_id,
-            seen_id=study.seen_id if known == _ROW else one.trial_id,
+            seen_id=study.seen_id if known == _NONE else one.trial_id,
             last_id=one.trial_id,
             held=(*study.held, one.trial_id),
             probe=probe,
