@@ -258,6 +258,24 @@ def test_rows_that_need_several_statements(
     assert _contents(target) == _contents(origin)
 
 
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_large_trials_are_not_gathered(
+    kind: str, origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    create, lengths = transfer._Writer.create, []
+
+    def noted(self: Any, study_id: int, n: int, images: Any, number: int) -> None:
+        lengths.append(len(images))
+        create(self, study_id, n, images, number)
+
+    monkeypatch.setattr(transfer, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(transfer._Writer, "create", noted)
+    target = new_url(kind, tmp_path)
+    cli.json("copy", origin, target, "--verify")
+    assert set(lengths) == {1}
+    assert _contents(target) == _contents(origin)
+
+
 # The command, killed in the middle of a batch that it is told.
 _KILLED = """
 import os, signal, sys, threading, time

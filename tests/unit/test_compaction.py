@@ -29,7 +29,7 @@ from trialstore.errors import (
 )
 from trialstore.log import NOTHING, START, Marks, Wanted
 from trialstore.logs import head as heads
-from trialstore.logs.file import FileLog, system
+from trialstore.logs.file import FileLog, compacting, system
 from trialstore.logs.grpc.client import GrpcLog
 from trialstore.records import Outcome, Verdict
 from trialstore.testing.contents import storage_contents
@@ -597,6 +597,24 @@ def test_one_compaction_at_a_time(journal_: _Journal, monkeypatch: pytest.Monkey
     monkeypatch.setattr(compaction._Reading, "image", image_with_another)
     journal.compact(journal_.open_log())
     assert refused
+
+
+def test_large_records_are_not_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _file(tmp_path)
+    study = optuna.create_study(storage=file.open(), study_name="s")
+    study.optimize(lambda trial: trial.set_user_attr("k", "v" * 1000) or 1.0, n_trials=20)
+    write_all, lengths = system.write_all, []
+
+    def noted(fd: int, data: bytes) -> int:
+        lengths.append(len(data))
+        return write_all(fd, data)
+
+    monkeypatch.setattr(compacting, "_COPIED_BYTES", 3000)
+    monkeypatch.setattr(system, "write_all", noted)
+    before = storage_contents(file.open())
+    journal.compact(file.open_log())
+    assert max(lengths) < 6000
+    assert storage_contents(file.open()) == before
 
 
 def test_an_empty_journal_stays_empty(journal_: _Journal) -> None:

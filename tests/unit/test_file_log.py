@@ -217,6 +217,40 @@ def test_an_append_is_one_write(log: FileLog, monkeypatch: pytest.MonkeyPatch) -
     assert [data for fd, data in written if fd == log._file.fd] == [lines]
 
 
+def test_more_than_one_write_takes_is_refused_whole(
+    log: FileLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cursor = log.exchange([study(), trial(1)], START, NOTHING).cursor
+    before = path.read_bytes()
+    monkeypatch.setattr(journal_file, "_WRITE_BYTES_MAX", 2000)
+    with pytest.raises(ValueError, match="in one write"):
+        log.exchange([attr(seq, "x" * 300) for seq in range(2, 9)], cursor, NOTHING)
+    with pytest.raises(ValueError, match="in one write"):
+        log.append_logs([{"op_code": 10, "worker_id": "w", "note": "x" * 2000}])
+    assert path.read_bytes() == before
+    log.exchange([attr(2, "x")], cursor, NOTHING)
+    assert seqs(read_all(path)) == [0, 1, 2]
+
+
+def test_deferred_records_that_are_too_much_for_one_write_are_written_one_by_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = trialstore.JournalStorage(FileLog(str(path)), linger_s=1000)
+    trials = [optuna.create_study(storage=storage, study_name="s").ask()]
+    trials.append(trials[0].study.ask())
+    monkeypatch.setattr(journal_file, "_WRITE_BYTES_MAX", 2000)
+    trials[0].set_user_attr("too large", "x" * 2000)
+    for number in range(9):
+        trials[number % 2].set_user_attr(str(number), "x" * 300)
+    trials[0].study.tell(trials[1], 1.0)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError, match="in one write"):
+        trials[0].study.tell(trials[0], 1.0)
+    storage.close()
+    storage = trialstore.JournalStorage(FileLog(str(path)))
+    found = optuna.load_study(storage=storage, study_name="s").trials
+    assert [sorted(trial.user_attrs) for trial in found] == [list("02468"), list("1357")]
+
+
 def test_any_lock_object_will_do(path: Path) -> None:
     calls = []
 

@@ -31,9 +31,13 @@ from trialstore.in_memory import InMemoryStorage
 from trialstore.log import NOTHING, START, Bulk, Cursor, Limited, Log
 from trialstore.logs.relational.log import TablesLog
 from trialstore.scan import Scan
+from trialstore.snapshot import pack
 from trialstore.storage import Storage
 
+# So many trials are written at once, and no further one where those are already so large: some
+# have megabytes, and a batch is in memory several times.
 _BATCH_TRIALS: Final = 500
+_BATCH_BYTES: Final = 1 << 24
 _DIFFERENCES_MAX: Final = 100
 
 
@@ -215,12 +219,25 @@ def _copy_trials(
         n += 1
     if n < len(there):
         raise ValueError(f"{_other(study)}: it has more trials, {len(there)}.")
-    while batch := list(itertools.islice(images, _BATCH_TRIALS)):
+    for batch in _batches(images):
         for image in batch:
             _must_be_number(image, n, study)
             n += 1
         writer.create(study_id, len(study.directions), batch, n - len(batch))
     return CopiedStudy(study.study_name, n, n - len(there))
+
+
+def _batches(images: Iterator[r.PutTrial]) -> Iterator[list[r.PutTrial]]:
+    batch: list[r.PutTrial] = []
+    n_bytes = 0
+    for image in images:
+        batch.append(image)
+        n_bytes += len(pack(image))
+        if len(batch) == _BATCH_TRIALS or n_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def _must_be_number(image: r.PutTrial, number: int, study: r.PutStudy) -> None:

@@ -25,8 +25,9 @@ from trialstore.logs.file.sidecar import path_beside
 from trialstore.logs.head import Head, encode_head
 from trialstore.logs.modes import share_like
 
-# A new file is written in pieces of so many lines.
+# A new file is written in pieces of so many lines, or as soon as those are so long.
 _COPIED_LINES: Final = 4096
+_COPIED_BYTES: Final = 1 << 22
 
 
 def compact(journal: JournalFile, make: Callable[[], Compaction]) -> None:
@@ -72,11 +73,13 @@ def _write_compacted(journal: JournalFile, fd: int, made: Compaction) -> Positio
     system.write_all(fd, b" " * room + b"\n")
     offset, number = room + 1, 1
     lines: list[bytes] = []
+    n_bytes = 0
     for line in made.lines:
         lines.append(line)
-        if len(lines) == _COPIED_LINES:
+        n_bytes += len(line)
+        if len(lines) == _COPIED_LINES or n_bytes >= _COPIED_BYTES:
             offset += system.write_all(fd, b"\n".join(lines) + b"\n")
-            number, lines = number + len(lines), []
+            number, lines, n_bytes = number + len(lines), [], 0
     if lines:
         offset += system.write_all(fd, b"\n".join(lines) + b"\n")
         number += len(lines)

@@ -73,6 +73,8 @@ _TAIL_SETTLES_S: Final = 0.005
 _SPACE_LOW_BYTES: Final = 1 << 24
 # What has not been synced is kept, to be written again if a sync fails; so much of it at most.
 _UNSYNCED_BYTES_MAX: Final = 1 << 22
+# So much Linux takes in one write, and macOS about as much; see write(2).
+_WRITE_BYTES_MAX: Final = 0x7FFFF000
 
 _journals: weakref.WeakSet[JournalFile] = weakref.WeakSet()
 
@@ -464,9 +466,16 @@ class JournalFile:
         """Append ``data`` in one write; returns where it begins.
 
         Raises:
+            ValueError: It is too much for one write; nothing was written.
             LogUnavailableError: Nothing of it counts.
             OutcomeUnknownError: The disk was full; the first records count, the last do not.
         """
+        if len(data) > _WRITE_BYTES_MAX:
+            raise ValueError(
+                f"{self.path}: {len(data):,} bytes can't be appended in one write "
+                f"({_WRITE_BYTES_MAX:,} can). Keep what is large elsewhere, for example in "
+                "Optuna's artifact store."
+            )
         if data.count(b"\n") > 1 and self._space_is_low(len(data)):
             return self._write_reserved(data)
         written = os.write(self.fd, data)

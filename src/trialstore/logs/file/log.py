@@ -96,6 +96,7 @@ class FileLog(BaseJournalBackend):
         """See ``Log.exchange``. Without records it takes no lock.
 
         Raises:
+            ValueError: The records are too much for one write; nothing was written.
             LogUnavailableError: The file or its lock can't be opened or written; nothing counts.
             OutcomeUnknownError: A sync failed, or the disk was full in the middle of a batch.
             LogCorruptError: Damage before the tail. Nothing was appended.
@@ -224,7 +225,8 @@ class FileLog(BaseJournalBackend):
         """Append records; durable on return.
 
         Raises:
-            LogUnavailableError, OutcomeUnknownError, LogCorruptError: As for ``exchange``.
+            ValueError, LogUnavailableError, OutcomeUnknownError, LogCorruptError: As for
+                ``exchange``.
         """
         if not logs:
             return
