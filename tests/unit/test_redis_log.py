@@ -815,6 +815,30 @@ def test_memory_that_runs_out_leaves_nothing_of_a_batch() -> None:
         server.remove()
 
 
+def test_large_records_come_in_parts() -> None:
+    url, prefix = shared_redis().url, new_prefix()
+    log = RedisLog(url, prefix=prefix)
+    cursor = log.exchange([_study("a", 0)], START, NOTHING).cursor
+    long = [
+        r.SetStudyUserAttr(study_id=0, user_attr={"k": "x" * (2 << 20)}, worker_id="w", seq=seq)
+        for seq in range(1, 25)
+    ]
+    writer = RedisLog(url, prefix=prefix)
+    writer.exchange(long, cursor, NOTHING)
+    counts, more = [], True
+    reader, position = RedisLog(url, prefix=prefix), START
+    while more:
+        batch = reader.exchange((), position, NOTHING)
+        counts.append(len(batch.news))
+        position, more = batch.cursor, batch.more
+    assert counts == [10, 10, 5]
+    # Who has something to append reads all of them first, and appends it once.
+    batch = log.exchange([_study("b", 25)], cursor, NOTHING)
+    assert [record.seq for record in batch.news] == list(range(1, 26))
+    batch = log.exchange_if(lambda news, at: [_study("c", 26)], cursor, NOTHING)
+    assert [record.seq for record in reader.exchange((), position, NOTHING).news] == [25, 26]
+
+
 @pytest.fixture
 def narrow() -> Iterator[OptionsServer]:
     """A server that takes values of 1 MiB at most."""

@@ -25,6 +25,8 @@
 --            the caller has the turn now
 --   turn     number of the last record; somebody else has the turn, nothing was appended
 --   behind   number of the last record; more are new than may be returned, nothing was appended
+--   part     number of the last record, the first of the new records, which are too long to be returned
+--            together; nothing was appended
 --   other    0, this is not the journal that record 0 belonged to
 --   hole     number of a record that is not there (yet), nothing was appended
 --   short    number of the last record, which is before the one the caller has read
@@ -35,6 +37,8 @@
 -- Source: docs/formats/redis.md.
 
 local format = string.format
+-- Bytes of records in an answer, to which ten more records may come.
+local LENGTH_MAX = 2 ^ 24
 
 local function key_of(number)
   return ARGV[1] .. format('%d', number)
@@ -80,17 +84,22 @@ if last - next + 1 > tonumber(ARGV[5]) then
   return answer('behind', last)
 end
 
-local news = {}
-if next <= last then
+-- An answer is in the server's memory three times, and nobody else is served while it is made.
+local news, length = {}, 0
+for begin = next, last, 10 do
+  if length > LENGTH_MAX then
+    return answer('part', last, news)
+  end
   local keys = {}
-  for number = next, last do
+  for number = begin, math.min(begin + 9, last) do
     keys[#keys + 1] = key_of(number)
   end
-  news = redis.call('MGET', unpack(keys))
-  for index = 1, #keys do
-    if not news[index] then
-      return answer('hole', next + index - 1)
+  for index, record in ipairs(redis.call('MGET', unpack(keys))) do
+    if not record then
+      return answer('hole', begin + index - 1)
     end
+    news[#news + 1] = record
+    length = length + #record
   end
 end
 

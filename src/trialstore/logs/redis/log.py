@@ -373,7 +373,12 @@ class RedisLog(BaseJournalBackend):
             if status == b"ok":
                 found += _without(pending, found)
                 return news + found, position_after(position, found), False
-            if status == b"behind":
+            if status == b"part":
+                news += found
+                position = position_after(position, found)
+                if not pending:
+                    return news, position, True
+            elif status == b"behind":
                 if not pending:
                     if len(news) >= ANSWER_RECORDS:
                         return news, position, True
