@@ -2,9 +2,10 @@
 
 One message covers every trial that the storage created or claimed, whoever runs it: a thread of
 ``study.optimize`` or a caller of ``ask`` and ``tell``. The thread that beats exists only while
-there is something to beat for. That a trial was told through another storage it learns with the
-next exchange; where none comes, it asks for itself after some beats. Who dies is found out in
-``stale.py``, by the log's clock.
+there is something to beat for, and does not keep the storage: as that is dropped, the thread ends,
+or goes on for a trial that is left RUNNING. That a trial was told through another storage it
+learns with the next exchange; where none comes, it asks for itself after some beats. Who dies is
+found out in ``stale.py``, by the log's clock.
 
 What a crash leaves behind: a lease that nobody renews, which is the point; without a trial that it
 covers it means nothing. ``close`` withdraws it, and so does the end of a process that leaves no
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import logging
+import math
 import threading
 from typing import Final, TypeVar
 import weakref
@@ -36,16 +38,16 @@ class Heartbeat:
 
     Args:
         exchanger: Whose log keeps the lease, and in whose name it is taken.
-        interval_s: Seconds between beats; asked each time, since users set it on instances. None
-            is no heartbeat.
-        running: Ids of the trials to beat for; called with the exchanger's mutex held.
+        interval_s: Seconds between beats; None is no heartbeat.
+        running: Ids of the trials to beat for; called with the exchanger's mutex held. It must not
+            refer to the storage.
         clock: Time, for tests to replace.
     """
 
     def __init__(
         self,
         exchanger: Exchanger,
-        interval_s: Callable[[], float | None],
+        interval_s: float | None,
         running: Callable[[], list[int]],
         clock: Clock,
     ) -> None:
@@ -82,7 +84,7 @@ class Heartbeat:
             LogUnavailableError: No lease can be taken; nothing was created.
             RuntimeError: The system starts no more threads; likewise.
         """
-        if self._interval_s() is None:
+        if self._interval_s is None:
             return start()
         token = object()
         try:
@@ -101,7 +103,7 @@ class Heartbeat:
         log.take_lease(self._worker_id)
         try:
             with self._exchanger.mutex:
-                self._due_s = self._clock.now_s() + (self._interval_s() or 0.0)
+                self._due_s = self._clock.now_s() + (self._interval_s or 0.0)
                 if self._thread is None:
                     at_exit(_end_all, priority=90)
                     thread = threading.Thread(
@@ -116,11 +118,12 @@ class Heartbeat:
                 log.withdraw_lease(self._worker_id, ())
             raise
 
-    def interval_changed(self) -> None:
+    def set_interval(self, interval_s: float | None) -> None:
         """The next beat comes by the new interval, if that is sooner."""
         with self._exchanger.mutex:
+            self._interval_s = interval_s
             if self.is_beating:
-                due_s = self._clock.now_s() + (self._interval_s() or 0.0)
+                due_s = self._clock.now_s() + (self._interval_s or 0.0)
                 self._due_s = min(self._due_s, due_s)
                 self._changed.notify_all()
 
@@ -135,6 +138,21 @@ class Heartbeat:
                 log.withdraw_lease(me, ())
 
         self._exchanger.use_log(speak)
+
+    def storage_dropped(self) -> None:
+        """The next beat comes at once, and is the last if no trial is left RUNNING.
+
+        Called by a finalizer, at any moment: it does not wait for the mutex. If it is missed, the
+        beat comes when it is due.
+        """
+        if not self._is_of_this_process():
+            return
+        self._due_s = -math.inf
+        if self._changed.acquire(blocking=False):
+            try:
+                self._changed.notify_all()
+            finally:
+                self._changed.release()
 
     def withdraw(self) -> None:
         """Beat no more, until the next trial; what is RUNNING is then nobody's loss.
@@ -189,7 +207,7 @@ class Heartbeat:
                     _logger.warning("The heartbeat waits for the log to come back: %s", error)
                 fails = True
             with self._exchanger.mutex:
-                pause_s = self._interval_s() or 0.0
+                pause_s = self._interval_s or 0.0
                 if fails:
                     pause_s = min(pause_s, _RETRY_PAUSE_S)
                 self._due_s = self._clock.now_s() + pause_s
@@ -199,7 +217,7 @@ class Heartbeat:
             if self._thread is not threading.current_thread():
                 return
             trial_ids = self._running()
-            go_on = self._interval_s() is not None and (trial_ids or self._starting)
+            go_on = self._interval_s is not None and (trial_ids or self._starting)
             if not go_on:
                 self._stop()
         if go_on:

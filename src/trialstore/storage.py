@@ -27,6 +27,7 @@ from typing import Any, TypeVar, cast
 import unicodedata
 import uuid
 import warnings
+import weakref
 
 import optuna
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
@@ -429,13 +430,6 @@ class Storage(BaseStorage, BaseHeartbeat):
         # A forked child shares the memory, but not the ownership: its worker_id is another.
         return self._owned.get(trial_id) == self._exchanger.worker_id
 
-    def _owned_running(self) -> list[int]:
-        """Trials that this storage runs, as far as it knows; the mutex is held."""
-        replica = self._replica
-        for trial_id in [id_ for id_ in self._owned if replica.is_finished(id_)]:
-            del self._owned[trial_id]  # told elsewhere
-        return [trial_id for trial_id in self._owned if self._owns(trial_id)]
-
     def _refusal(self, record: Any, outcome: Outcome) -> Exception:
         """The error that Optuna's callers expect for a verdict."""
         verdict = outcome.verdict
@@ -638,13 +632,15 @@ class Storage(BaseStorage, BaseHeartbeat):
         return outcome
 
     def _beats(self) -> Heartbeat:
-        """Made when it is needed: it refers to this storage, which then is not freed as soon as
-        nobody else does."""
-        with self._exchanger.mutex:
+        """Made when it is needed. It does not refer to this storage, which nobody need close."""
+        exchanger = self._exchanger
+        with exchanger.mutex:
             if self._heartbeat is None:
+                running = functools.partial(_owned_running, exchanger, self._owned)
                 self._heartbeat = Heartbeat(
-                    self._exchanger, self.get_heartbeat_interval, self._owned_running, self._clock
+                    exchanger, self._heartbeat_interval, running, self._clock
                 )
+                weakref.finalize(self, self._heartbeat.storage_dropped).atexit = False
             return self._heartbeat
 
     def set_trial_param(
@@ -916,7 +912,7 @@ class Storage(BaseStorage, BaseHeartbeat):
         self._heartbeat_interval = interval_s
         self._warn_of_a_short_grace()
         if self._heartbeat is not None:
-            self._heartbeat.interval_changed()
+            self._heartbeat.set_interval(interval_s)
 
     @property
     def grace_period(self) -> int | None:
@@ -1118,6 +1114,13 @@ def _finished_of(study_id: int) -> Wanted:
 @functools.lru_cache
 def _trials_of(study_id: int) -> Wanted:
     return Wanted(trials_of=frozenset((study_id,)))
+
+
+def _owned_running(exchanger: Exchanger, owned: dict[int, str]) -> list[int]:
+    """Those of a storage's trials that it runs, as far as it knows; the mutex is held."""
+    for trial_id in [id_ for id_ in owned if exchanger.replica.is_finished(id_)]:
+        del owned[trial_id]  # told elsewhere
+    return [trial_id for trial_id, owner in owned.items() if owner == exchanger.worker_id]
 
 
 def _same(time: datetime) -> datetime:

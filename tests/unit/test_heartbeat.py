@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from interrupts import is_interrupted_at
 import trialstore
 from trialstore import heartbeat
 from trialstore.callbacks import HAS_NEW_NAMES
+from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError
 from trialstore.journal import JournalFileBackend, JournalStorage
 from trialstore.replica import Replica
@@ -167,6 +169,36 @@ def test_the_thread_ends_where_its_trial_was_told_through_another_storage(path: 
         clock.until_waiting()
     assert n_beats > heartbeat._BEATS_A_LOOK and _n_leases(path) == 0
     assert len(counter.wanted) == 1 and not storage._beats().is_beating
+
+
+def test_a_storage_that_is_dropped_ends_its_thread(path: Path) -> None:
+    n_before = threading.active_count()
+    gc.disable()
+    try:
+        for _ in range(5):
+            storage = _open(path, clock=Clock())
+            trial_id = storage.create_new_trial(0)
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        del storage
+        wait_until(lambda: _n_leases(path) == 0, "the leases are withdrawn")
+        wait_until(lambda: threading.active_count() <= n_before, "the threads end")
+    finally:
+        gc.enable()
+
+
+def test_a_trial_that_a_dropped_storage_leaves_is_beaten_for(path: Path) -> None:
+    storage = _open(path)
+    clock: Any = storage._clock
+    storage.create_new_trial(0)
+    clock.until_waiting()
+    counter, beating = count_exchanges(storage), storage._beats()
+    del storage
+    wait_until(lambda: counter.used["renew_lease"] == 1, "a beat as it is dropped")
+    clock.until_waiting()
+    clock.advance(60)
+    wait_until(lambda: counter.used["renew_lease"] == 2, "the next one")
+    assert _n_leases(path) == 1
+    beating.withdraw()
 
 
 def test_nothing_is_created_where_no_lease_can_be_taken(path: Path) -> None:
