@@ -192,6 +192,10 @@ class StudyContents:
         self.interned: dict[str, BaseDistribution] = {}  # by JSON: equal ones are one object
         self.kinds: dict[tuple[object, ...], dict[str, BaseDistribution]] = {}
 
+    def let_go(self) -> None:
+        """Of its trials, when nobody reads it any more; whoever has some of them keeps those."""
+        self.slots, self.unfinished, self.waiting = [], {}, Waiting()
+
     def intern(self, json: str) -> BaseDistribution:
         """The one object for a distribution. Raises if the text holds none."""
         distribution = self.interned.get(json)

@@ -135,6 +135,11 @@ class Replica:
         self._run_studies = array("q")
         self._run_starts = array("q")
 
+    def __del__(self) -> None:
+        """Studies and their trials refer to each other, and would stay until a collection."""
+        for study in self._studies.values():
+            study.let_go()
+
     # --- records ---------------------------------------------------------------------------------
 
     def apply(self, record: Record) -> Outcome:

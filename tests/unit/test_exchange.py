@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
+import gc
 import itertools
 import math
 import os
@@ -17,7 +18,7 @@ import weakref
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 import pytest
 
 from interrupts import is_interrupted_at
@@ -25,6 +26,7 @@ from trialstore import exchange, processes, replica
 from trialstore.clock import Clock
 from trialstore.errors import LogUnavailableError, OutcomeUnknownError
 from trialstore.in_memory import InMemoryStorage
+from trialstore.journal import JournalFileBackend, JournalStorage
 from trialstore.log import Batch, Cursor, Decide, Wanted
 from trialstore.logs.memory import MemoryLog
 from trialstore.logs.relational.log import TablesLog
@@ -1101,3 +1103,63 @@ def test_a_child_of_a_fork_that_did_not_wait_reads_anew(storage: Storage, study_
     processes._one_fork.acquire()
     exchange._begin_all()  # what runs in the child
     assert storage.get_trial(trial_id).params == {"x": 0.5}
+
+
+# --- what is dropped -----------------------------------------------------------------------------
+
+
+def _storage_with_a_running_trial(path: Path | None) -> tuple[Any, Any]:
+    """And its finished trial, as the replica holds it."""
+    storage: Any = InMemoryStorage() if path is None else _on_a_file(path)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    finished = storage.create_new_trial(study_id)
+    storage.set_trial_state_values(finished, TrialState.COMPLETE, [1.0])
+    storage.create_new_trial(study_id)
+    trials = storage.get_all_trials(study_id, deepcopy=False)
+    assert storage.get_trial(finished) is trials[0]
+    return storage, weakref.ref(trials[0])
+
+
+def _on_a_file(path: Path) -> Storage:
+    return JournalStorage(JournalFileBackend(str(path)), linger_s=0)
+
+
+@pytest.mark.parametrize("on_file", [False, True])
+def test_a_dropped_storage_is_freed_without_a_collection(on_file: bool, tmp_path: Path) -> None:
+    path = tmp_path / "journal" if on_file else None
+    gc.collect()
+    gc.disable()
+    try:
+        storage, trial = _storage_with_a_running_trial(path)
+        assert trial() is not None
+        del storage
+        assert trial() is None
+    finally:
+        gc.enable()
+
+
+def test_a_storage_on_a_journal_file_leaves_nothing_to_collect(tmp_path: Path) -> None:
+    _storage_with_a_running_trial(tmp_path / "journal")
+    gc.collect()
+    gc.disable()
+    try:
+        storage, _ = _storage_with_a_running_trial(tmp_path / "other")
+        del storage, _
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        rooms = {type(left).__module__.partition(".")[0] for left in gc.garbage}
+        assert rooms.isdisjoint({"trialstore", "ctypes", "_ctypes"})
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def test_what_was_read_of_the_queue_outlives_the_storage() -> None:
+    storage = InMemoryStorage()
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    template = create_trial(state=TrialState.WAITING, system_attrs={"a": 1})
+    storage.create_new_trial(study_id, template)
+    waiting = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,))
+    del storage
+    assert [trial.system_attrs for trial in waiting] == [{"a": 1}]

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 import errno
+import functools
 import logging
 import math
 import os
@@ -121,15 +122,23 @@ def file_system_is_local(path: str) -> bool:
     if not sys.platform.startswith("linux"):
         return os.name == "nt" and not path.startswith("\\\\")
     try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        buffer = ctypes.create_string_buffer(512)
-        if libc.statfs(os.fsencode(path), buffer) != 0:
+        buffer = _Buffer()
+        if _libc().statfs(os.fsencode(path), buffer) != 0:
             return False
         # The first member of struct statfs is the kind, a word on every Linux that Python runs on.
         kind = ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
     except (OSError, AttributeError, ValueError):
         return False
     return kind in _LOCAL_FILE_SYSTEMS
+
+
+# Both are made once: what ctypes makes refers to itself, and stays until a collection.
+_Buffer: Final = ctypes.c_char * 512
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _read_boot_id() -> str:
@@ -177,6 +186,9 @@ def _write_new(path: str, contents: bytes, share: Callable[[int], None] | None =
 _locks: weakref.WeakSet[_FileLock] = weakref.WeakSet()
 
 
+_NOTHING: Final = object()
+
+
 class _Patience:
     """For how long one lock file has been seen unchanged.
 
@@ -188,7 +200,7 @@ class _Patience:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._seen: object = self
+        self._seen: object = _NOTHING
         self._looked_at = 0.0
         self.waited_s = 0.0
 
@@ -204,7 +216,7 @@ class _Patience:
         return self.waited_s
 
     def forget(self) -> None:
-        self._seen = self
+        self._seen = _NOTHING
 
 
 class _FileLock(BaseJournalFileLock):
