@@ -99,6 +99,8 @@ def test_a_column_that_was_made_longer_takes_more(on_mariadb: RDBStorage) -> Non
     trial = study.ask()
     trial.set_user_attr("big", _LONG["letters"])
     study.tell(trial, 1.0)
+    with pytest.raises(ValueError, match="max_allowed_packet"):
+        study.ask().set_user_attr("big", "x" * (17 << 20))
     assert study.trials[0].user_attrs == {"big": _LONG["letters"]}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 from datetime import datetime, timezone
 import enum
+import math
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -228,6 +229,10 @@ class Dialect:
     def text_bytes_max(self, table: sa.Table) -> int:
         """What a column of text in a table holds, where there is an end to it."""
         raise NotImplementedError
+
+    def message_bytes_max(self) -> float:
+        """How long a message the server takes; it hangs up on a much longer one."""
+        return math.inf
 
     # --- connections ---
 
@@ -687,19 +692,31 @@ class MySQL(Dialect):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._text_bytes: dict[str, int] | None = None
+        self._text_bytes: dict[str, int] = {}
+        self._message_bytes = 0  # until the server has been asked
 
     def text_bytes_max(self, table: sa.Table) -> int:
-        # Administrators make columns longer. Asked on a connection of its own, because the
-        # session's is in use by another thread perhaps, and only once there is such a value.
-        if self._text_bytes is None:
+        # Administrators make columns longer.
+        if not self._knows_limits():
+            return 2**32 - 1  # the exchange will tell
+        return self._text_bytes.get(table.name, self.text_bytes_sure)
+
+    def message_bytes_max(self) -> float:
+        return self._message_bytes if self._knows_limits() else math.inf
+
+    def _knows_limits(self) -> bool:
+        """Asked on a connection of its own, because the session's is in use by another thread
+        perhaps, and only once there is a long value."""
+        if not self._message_bytes:
             try:
                 with self.engine.connect() as connection:
                     rows = connection.execute(sa.text(_TEXT_COLUMNS))
                     self._text_bytes = {name: int(length) for name, length in rows}
+                    packet = connection.scalar(sa.text("SELECT @@max_allowed_packet"))
+                    self._message_bytes = int(packet)
             except sa.exc.DBAPIError:
-                return 2**32 - 1  # the exchange will tell
-        return self._text_bytes.get(table.name, self.text_bytes_sure)
+                return False
+        return True
 
     def since_beat_s(self, column: Any) -> Any:
         return sa.func.timestampdiff(sa.text("SECOND"), column, self.beat_time())

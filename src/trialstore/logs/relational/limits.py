@@ -157,6 +157,12 @@ def _check_length(d: Dialect, table: sa.Table, text: str, what: str, where: str)
             f"{where}: {what} is {len(text)} bytes long, its column in {table.name} holds "
             f"{holds}; keep a file elsewhere and its name here, or make the column a LONGTEXT."
         )
+    takes = d.message_bytes_max()
+    if len(text) > takes:
+        raise ValueError(
+            f"{where}: {what} is {len(text)} bytes long, the server takes {takes} in a message; "
+            "keep a file elsewhere and its name here, or raise its max_allowed_packet."
+        )
 
 
 def _check_param(d: Dialect, name: str, value: float, where: str) -> None:
