@@ -776,6 +776,26 @@ def test_sessions_left_behind_are_removed(kind: str, tmp_path: Path) -> None:
     assert one.log.connection.session_id != before
 
 
+@pytest.mark.parametrize("kind", SERVERS)
+def test_sessions_of_dropped_storages_are_removed_by_the_next_one(
+    kind: str, tmp_path: Path
+) -> None:
+    url = new_database(kind, tmp_path)
+    kept = Model(url)
+    study_id = kept.study()
+    ids = []
+    for _ in range(3):
+        one = Model(url)
+        one.trial(study_id)
+        ids.append(one.log.connection.session_id)
+        del one  # nobody closes it
+    last = Model(url)
+    with kept.log.engine.connect() as connection:
+        found = set(connection.scalars(sa.select(t.sessions.c.session_id)))
+    assert found == {kept.log.connection.session_id, last.log.connection.session_id}
+    assert found.isdisjoint(ids)
+
+
 def test_a_large_read_comes_in_parts(shared_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "TRIALS_MAX", 3)
     one, two = Model(shared_url), Model(shared_url)

@@ -63,6 +63,10 @@ parent's session (libpq says goodbye to the server, SQLite drops the parent's fi
 _left: list[Callable[[], None]] = []
 """What closes connections that nobody has any more."""
 
+_dropped: dict[str, list[str]] = {}
+"""By URL the sessions of storages that nobody closed, and nobody has any more. The next one that is
+opened in this process removes their rows with the message that puts in its own."""
+
 
 class Connection:
     """A connection that opens and heals by itself, in the process that uses it.
@@ -195,9 +199,13 @@ class Connection:
         """Users need not close a storage, and a connection of sqlite3, which refers to itself,
         stays open until a collection."""
         session = getattr(self, "_session", None)
-        if session is None or self.dialect.name != "sqlite":
+        if session is None:
             return
-        if self._pid == os.getpid():
+        is_own = self._pid == os.getpid()
+        if self.dialect.name != "sqlite":
+            if is_own and self.has_mark:  # and nothing is under way, or it would be disconnected
+                _dropped.setdefault(self.url, []).append(self.session_id)
+        elif is_own:
             _left.append(functools.partial(self._end, session))
             unless_forking(_close_left)
         else:
@@ -322,7 +330,9 @@ class Connection:
                 if self._contents is not None:
                     self._fill(raw, self._contents)
             if not self._prepared and self.dialect.keeps_marks:
-                self._prepared = self.has_mark = self.schema.open_at_once(session, self.session_id)
+                self._prepared = self.has_mark = self.schema.open_at_once(
+                    session, self.session_id, _dropped.pop(self.url, ())
+                )
                 lacks_mark = not self.has_mark
             if not self._prepared:
                 self.schema.prepare(

@@ -5,7 +5,7 @@ Source: docs/formats/tables.md, "Versions".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 import logging
 from pathlib import Path
@@ -202,15 +202,21 @@ class Schema:
                 connection.execute(sa.select(sa.func.release_lock(_LOCK_NAME)))
                 connection.commit()
 
-    def open_at_once(self, session: Session, session_id: str) -> bool:
+    def open_at_once(self, session: Session, session_id: str, dropped: Sequence[str]) -> bool:
         """``prepare`` and ``open_mark`` in one message, where tables and version are right.
+
+        Args:
+            session: To the database.
+            session_id: Names the row of the one that is opened.
+            dropped: Sessions whose rows nobody needs any more.
 
         Returns:
             False, with nothing done, where they may not be.
         """
         version = self._dialect.step(s.schema_version)
+        forget = [self._dialect.step(s.forget_session, session=one) for one in dropped]
         try:
-            rows, *_ = session.run([version, *self._mark_steps(session_id)])
+            rows, *_ = session.run([version, *self._mark_steps(session_id), *forget])
         except Exception as error:
             if self._dialect.fault(error) not in (Fault.NO_TABLE, *_NOT_ALLOWED):
                 raise
