@@ -11,6 +11,8 @@ import math
 import os
 from pathlib import Path
 import pickle
+import subprocess
+import sys
 import threading
 from typing import Any, cast
 import weakref
@@ -1138,21 +1140,32 @@ def test_a_dropped_storage_is_freed_without_a_collection(on_file: bool, tmp_path
         gc.enable()
 
 
+_LEAVES = """
+import gc, sys, optuna
+from trialstore.journal import JournalFileBackend, JournalStorage
+
+def use(path):
+    storage = JournalStorage(JournalFileBackend(path), linger_s=0)
+    study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler())
+    study.tell(study.ask(), 1.0)
+    study.ask()
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+use(sys.argv[1])
+gc.collect()
+gc.disable()
+use(sys.argv[2])
+gc.set_debug(gc.DEBUG_SAVEALL)
+gc.collect()
+print(*{type(left).__module__.partition(".")[0] for left in gc.garbage})
+"""
+
+
 def test_a_storage_on_a_journal_file_leaves_nothing_to_collect(tmp_path: Path) -> None:
-    _storage_with_a_running_trial(tmp_path / "journal")
-    gc.collect()
-    gc.disable()
-    try:
-        storage, _ = _storage_with_a_running_trial(tmp_path / "other")
-        del storage, _
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        rooms = {type(left).__module__.partition(".")[0] for left in gc.garbage}
-        assert rooms.isdisjoint({"trialstore", "ctypes", "_ctypes"})
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
+    """In a process of its own, where nobody else leaves anything."""
+    program = [sys.executable, "-c", _LEAVES, f"{tmp_path}/one", f"{tmp_path}/other"]
+    told = subprocess.run(program, check=True, capture_output=True, text=True, timeout=60)
+    assert {"trialstore", "ctypes", "_ctypes"}.isdisjoint(told.stdout.split())
 
 
 def test_what_was_read_of_the_queue_outlives_the_storage() -> None:

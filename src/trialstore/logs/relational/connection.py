@@ -64,8 +64,8 @@ _left: list[Callable[[], None]] = []
 """What closes connections that nobody has any more."""
 
 _dropped: dict[str, list[str]] = {}
-"""By URL the sessions of storages that nobody closed, and nobody has any more. The next one that is
-opened in this process removes their rows with the message that puts in its own."""
+"""By URL the sessions of storages that nobody closed, and nobody has any more. The next one that
+this process opens removes their rows, with the message that puts in its own."""
 
 
 class Connection:
