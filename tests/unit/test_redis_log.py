@@ -44,9 +44,10 @@ from trialstore.errors import (
 )
 from trialstore.journal import JournalRedisBackend
 from trialstore.log import NOTHING, START, SnapshotStore
-from trialstore.logs.redis import RedisLog
+from trialstore.logs.redis import RedisLog, reading
 from trialstore.logs.redis.address import pool_of
 from trialstore.logs.redis.keys import has_hash_tag
+from trialstore.logs.redis.reading import Reader
 from trialstore.testing.capability_suites import AgeLeases
 from trialstore.testing.contents import storage_contents
 from trialstore.testing.faults import CountingProxy, ManualClock
@@ -837,6 +838,34 @@ def test_large_records_come_in_parts() -> None:
     assert [record.seq for record in batch.news] == list(range(1, 26))
     batch = log.exchange_if(lambda news, at: [_study("c", 26)], cursor, NOTHING)
     assert [record.seq for record in reader.exchange((), position, NOTHING).news] == [25, 26]
+
+
+@pytest.mark.parametrize(
+    ("chunk_bytes", "n_records"), [(1, {1}), (3000, {5, 6}), (1 << 24, {2000})]
+)
+def test_who_is_far_behind_reads_large_records_a_few_at_a_time(
+    chunk_bytes: int, n_records: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, prefix = shared_redis().url, new_prefix()
+    cursor = RedisLog(url, prefix=prefix).exchange([_study("a", 0)], START, NOTHING).cursor
+    note = {"k": "x" * 400}
+    records = [
+        r.SetStudyUserAttr(study_id=0, user_attr=note, worker_id="w", seq=seq)
+        for seq in range(1, 2600 if chunk_bytes > 3000 else 1100)
+    ]
+    RedisLog(url, prefix=prefix).exchange(records, cursor, NOTHING)
+    asked: list[int] = []
+    get = Reader.get
+
+    def counted(reader: Reader, numbers: range) -> list[bytes | None]:
+        asked.append(len(numbers))
+        return get(reader, numbers)
+
+    monkeypatch.setattr(Reader, "get", counted)
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", chunk_bytes)
+    news = RedisLog(url, prefix=prefix).exchange((), START, NOTHING).news
+    assert [record.seq for record in news] == list(range(len(records) + 1))
+    assert asked[0] == 100 and {*asked[1:-1]} <= n_records
 
 
 @pytest.fixture

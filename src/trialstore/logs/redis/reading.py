@@ -36,6 +36,9 @@ _T = TypeVar("_T")
 
 # A worker that is further behind reads in chunks of so many keys, which others may interrupt.
 CHUNK_RECORDS: Final = 2000
+# But about so many bytes; what is large shows in the first few.
+_CHUNK_BYTES: Final = 1 << 24
+_FIRST_RECORDS: Final = 100
 # An answer holds so many records at most, so that opening needs not all of them in memory twice.
 ANSWER_RECORDS: Final = 20_000
 # A writer between its INCR and its SET takes milliseconds. One that was stopped for longer and
@@ -103,15 +106,18 @@ class Reader:
         Fewer, if the journal was compacted meanwhile; those read are then of no use either.
         """
         lines: list[bytes] = []
+        count, n_bytes = _FIRST_RECORDS, 1
         while number <= last:
-            end = min(number + CHUNK_RECORDS, last + 1)
+            end = min(number + count, last + 1)
             for line in self.get(range(number, end)):
                 if line is None:
                     break
                 lines.append(line)
+                n_bytes += len(line)
                 number += 1
             if number < end and not self.close_hole(number):
                 break
+            count = min(max(_CHUNK_BYTES * len(lines) // n_bytes, 1), CHUNK_RECORDS)
         return lines
 
     def get(self, numbers: Iterable[int]) -> list[bytes | None]:
