@@ -4,8 +4,8 @@ One message covers every trial that the storage created or claimed, whoever runs
 ``study.optimize`` or a caller of ``ask`` and ``tell``. The thread that beats exists only while
 there is something to beat for, and does not keep the storage: as that is dropped, the thread ends,
 or goes on for a trial that is left RUNNING. That a trial was told through another storage it
-learns with the next exchange; where none comes, it asks for itself after some beats. Who dies is
-found out in ``stale.py``, by the log's clock.
+learns with what the storage reads, or asks after some beats. Who dies is found out in
+``stale.py``, by the log's clock.
 
 What a crash leaves behind: a lease that nobody renews, which is the point; without a trial that it
 covers it means nothing. ``close`` withdraws it, and so does the end of a process that leaves no
@@ -66,8 +66,7 @@ class Heartbeat:
         self._starting: set[object] = set()  # a token for each that is being created or claimed
         self._thread: threading.Thread | None = None
         self._due_s = 0.0
-        # How many beats have passed since so many exchanges, the last there were.
-        self._n_idle_beats, self._n_exchanges = 0, -1
+        self._n_beats = 0
 
     def _is_of_this_process(self) -> bool:
         return self._worker_id == self._exchanger.worker_id
@@ -200,7 +199,7 @@ class Heartbeat:
                     continue
             try:
                 self._exchanger.use_log(self._beat_once)
-                self._look_if_idle()
+                self._look_now_and_then()
                 fails = False
             except Exception as error:
                 if not fails:
@@ -225,14 +224,11 @@ class Heartbeat:
         else:
             log.withdraw_lease(self._worker_id, trial_ids)
 
-    def _look_if_idle(self) -> None:
+    def _look_now_and_then(self) -> None:
         """What became of the trials, where nothing else brings it here: the next beat is told."""
         with self._exchanger.mutex:
-            if self._n_exchanges != self._exchanger.n_exchanges:
-                self._n_idle_beats, self._n_exchanges = 0, self._exchanger.n_exchanges
-                return
-            self._n_idle_beats += 1
-            if self._n_idle_beats % _BEATS_A_LOOK:
+            self._n_beats += 1
+            if self._n_beats % _BEATS_A_LOOK or self._thread is not threading.current_thread():
                 return
             trial_ids = frozenset(self._running())
         if trial_ids:

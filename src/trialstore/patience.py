@@ -1,4 +1,4 @@
-"""Of a call whose server does not answer: pauses that grow until a deadline, and a word about it.
+"""Of a call that is not served: pauses that grow until a deadline, and a word about it.
 
 Pauses have jitter, or those who collided, or whose server came back, would all come at once.
 """
@@ -56,7 +56,7 @@ class Patience:
         if not self._is_told and now_s - self._began_s >= _LONG_S:
             self._is_told = True
             _logger.warning(
-                "%s does not answer (%s); trying again for %.0f s.",
+                "%s can't be used now (%s); trying again for %.0f s.",
                 self._server,
                 why,
                 until_s - now_s,

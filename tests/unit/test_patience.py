@@ -31,7 +31,7 @@ def test_pauses_grow_up_to_the_longest_and_end_at_the_deadline(
     assert len(set(paused_s)) == len(paused_s), "with jitter"
     assert 58.5 <= clock.now_s() <= 60.0
     (told,) = caplog.messages
-    assert told.startswith("the server does not answer (it is away); trying again for 5")
+    assert told.startswith("the server can't be used now (it is away); trying again for 5")
 
 
 def test_a_short_absence_is_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -66,4 +66,4 @@ def test_on_every_log_of_a_server(
     with pytest.raises(LogUnavailableError):
         open_log(ManualClock()).exchange((), START, NOTHING)
     (told,) = caplog.messages
-    assert "does not answer" in told and ":9" in told and "s3cret" not in told
+    assert "can't be used now" in told and ":9" in told and "s3cret" not in told

@@ -77,7 +77,7 @@ _logs: weakref.WeakSet[RedisLog] = weakref.WeakSet()
 class RedisLog(BaseJournalBackend):
     """A journal in Redis as a ``Log``, and as a backend for Optuna's own ``JournalStorage``.
 
-    Connects when it is first used. A server that goes away and comes back within 30 seconds is
+    Connects when it is first used. A server that goes away and comes back within half a minute is
     not noticed but for the time that it takes.
 
     Args:

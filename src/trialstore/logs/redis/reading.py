@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 # A worker that is further behind reads in chunks of so many keys, which others may interrupt.
 CHUNK_RECORDS: Final = 2000
-# But about so many bytes; what is large shows in the first few.
+# But about so many bytes, judged by the records before; few at first, then twice as many at most.
 _CHUNK_BYTES: Final = 1 << 24
 _FIRST_RECORDS: Final = 100
 # An answer holds so many records at most, so that opening needs not all of them in memory twice.
@@ -106,8 +106,9 @@ class Reader:
         Fewer, if the journal was compacted meanwhile; those read are then of no use either.
         """
         lines: list[bytes] = []
-        count, n_bytes = _FIRST_RECORDS, 1
+        count = _FIRST_RECORDS
         while number <= last:
+            begin, n_bytes = number, 1
             end = min(number + count, last + 1)
             for line in self.get(range(number, end)):
                 if line is None:
@@ -117,7 +118,7 @@ class Reader:
                 number += 1
             if number < end and not self.close_hole(number):
                 break
-            count = min(max(_CHUNK_BYTES * len(lines) // n_bytes, 1), CHUNK_RECORDS)
+            count = min(2 * count, CHUNK_RECORDS, _CHUNK_BYTES * (number - begin) // n_bytes) or 1
         return lines
 
     def get(self, numbers: Iterable[int]) -> list[bytes | None]:

@@ -19,6 +19,10 @@ from trialstore.records import Operation
 
 _LETTER_BYTES_MAX: Final = 12
 """Of a letter as JSON has it, of those beyond the 65,536 most common ones."""
+_ESCAPED: Final = "\"\\'"
+"""What PyMySQL puts a backslash before."""
+_AROUND_BYTES: Final = 1 << 10
+"""The rest of a statement with a long value, at most."""
 
 
 def check_values(d: Dialect, records: Sequence[Operation]) -> None:
@@ -158,10 +162,11 @@ def _check_length(d: Dialect, table: sa.Table, text: str, what: str, where: str)
             f"{holds}; keep a file elsewhere and its name here, or make the column a LONGTEXT."
         )
     takes = d.message_bytes_max()
-    if len(text) > takes:
+    sent = len(text) + sum(map(text.count, _ESCAPED)) + _AROUND_BYTES
+    if sent > takes:
         raise ValueError(
-            f"{where}: {what} is {len(text)} bytes long, the server takes {takes} in a message; "
-            "keep a file elsewhere and its name here, or raise its max_allowed_packet."
+            f"{where}: {what} is {sent} bytes long as it is sent, the server takes {takes} in a "
+            "message; keep a file elsewhere and its name here, or raise its max_allowed_packet."
         )
 
 
